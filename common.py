@@ -1,0 +1,145 @@
+"""What the scripts share: flags made from a dataclass, errors of one line, files that are whole or absent."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+if typing.TYPE_CHECKING:
+    import torch
+
+Config = typing.TypeVar("Config")
+
+
+class UsageError(ValueError):
+    """A flag's value cannot be used: the script ends with status 2."""
+
+
+class DataError(ValueError):
+    """A file's content cannot be used: the script ends with status 1."""
+
+
+def flag(default: object, help: str, **metadata: object) -> typing.Any:
+    """Declare a dataclass field that is also a flag; where the default is None, the help text says what follows."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def boolean(text: str) -> bool:
+    """Read what people type after a switch, as in --compile=False."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]
+
+
+def flag_options(field: dataclasses.Field, annotation: typing.Any) -> dict[str, typing.Any]:
+    """Translate a dataclass field, such as `int | None`, into argparse's words."""
+    kind = next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
+    options = {"default": field.default, "choices": field.metadata.get("choices"), "type": kind}
+    if typing.get_origin(annotation) is tuple:
+        options.update(nargs="+")
+    elif kind is bool:
+        options.update(nargs="?", const=True, type=boolean, metavar="true|false")
+    shown = "" if field.default in (None, ()) else f" (default: {field.default})"
+    return options | {"help": (field.metadata["help"] + shown).replace("%", "%%")}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors take one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_flags(config_class: type[Config], argv: list[str] | None, description: str | None) -> Config:
+    """Read the flags into the dataclass; an unknown or abbreviated one is an error that suggests the right one."""
+    parser = Parser(description=description, allow_abbrev=False)
+    annotations = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        name = field.name if field.metadata.get("positional") else f"--{field.name}"
+        parser.add_argument(name, **flag_options(field, annotations[field.name]))
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        typed = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        close = [name for name in annotations if name.startswith(typed)]
+        close += difflib.get_close_matches(typed, annotations)
+        hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
+        parser.error(f"unknown argument {unknown[0]}: {hint}")
+    return config_class(**vars(values))
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name, `auto` being a CUDA GPU, then Apple's MPS, then the CPU; each process its own GPU."""
+    import torch  # here, because fineweb.py needs no torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, found in available.items() if found)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name} is not a device: choose auto, cpu, mps, cuda or cuda:N") from None
+    if not available.get(device.type):
+        raise UsageError(f"--device {name} is not available here: choose from {[k for k, v in available.items() if v]}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UsageError(f"{device} does not exist: there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def run(main: Callable[[], object]) -> typing.NoReturn:
+    """Run a script's main; a user's mistake ends in one line, printed once where torchrun started several processes."""
+    status, message = 0, ""
+    try:
+        main()
+    except UsageError as error:
+        status, message = 2, str(error)
+    except (DataError, OSError) as error:
+        status, message = 1, str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    if message and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # only POSIX systems open a directory
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; what the block wrote there is flushed, then takes the name `path`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

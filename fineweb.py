@@ -1,0 +1,426 @@
+"""Text to shards: tokenize FineWeb-Edu, or text of your own, into .npy files of uint16 tokens.
+
+    python fineweb.py                                     # FineWeb-Edu's sample of 10 billion tokens
+    python fineweb.py --input 'books/*.parquet' --out books
+    python fineweb.py --sample                            # Python's own documentation: small, no download
+
+The first shard is for validation, the others for training. Every document is preceded by <|endoftext|> and runs on
+across shards. Run again after an interruption, the same command goes on after the last complete shard.
+"""
+
+from __future__ import annotations
+
+import ast
+import glob
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import re
+import signal
+import sys
+import sysconfig
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from common import DataError, UsageError, flag, parse_flags, replacing, run, sha256
+from tokenizer import END_OF_TEXT, N_TOKENS, encoding
+
+DOCUMENTS_AT_ONCE = 256
+SHARD_NAME = re.compile(r"edufineweb_(val|train)_(\d{6})\.npy")
+
+Texts = list[str | None]
+
+
+@dataclass(frozen=True)
+class FinewebConfig:
+    dataset: str = flag("HuggingFaceFW/fineweb-edu", "data set on the Hugging Face Hub")
+    name: str = flag("sample-10BT", "the data set's configuration")
+    revision: str = flag("87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "the data set's revision")
+    input: tuple[str, ...] = flag((), "local files instead: paths or globs of .parquet, .jsonl, .txt (one document)")
+    sample: bool = flag(False, "the documentation that comes with Python instead")
+    text_column: str = flag("text", "the column, or JSON key, that holds the text")
+    out: str | None = flag(None, "directory of the shards (default: edu_fineweb10B, or sample_shards with --sample)")
+    shard_size: int | None = flag(None, "tokens in a shard (default: 100000000, or 65536 with --sample)")
+    max_tokens: int | None = flag(None, "stop after this many tokens (default: at the end of the source)")
+    workers: int = flag(os.cpu_count() or 1, "processes that encode")
+
+    def __post_init__(self) -> None:
+        if self.sample and self.input:
+            raise UsageError("--sample and --input are two sources: choose one")
+        for name in ("shard_size", "max_tokens", "workers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.out or ("sample_shards" if self.sample else "edu_fineweb10B"))
+
+    @property
+    def tokens_per_shard(self) -> int:
+        return self.shard_size or (65_536 if self.sample else 100_000_000)
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """Files of documents in a fixed order, each a function that reads it, and what identifies them in the manifest."""
+
+    identity: dict[str, object]
+    files: list[Callable[[], Iterable[Texts]]]
+
+
+def open_source(config: FinewebConfig) -> Source:
+    """The source that the flags name."""
+    if config.sample:
+        return sample_source()
+    return local_source(config) if config.input else hub_source(config)
+
+
+def sample_source() -> Source:
+    """The topics of Python's help() and the docstrings of its standard library, a document each, shuffled."""
+    from pydoc_data.topics import topics
+
+    library = Path(sysconfig.get_path("stdlib"))
+    modules = [library / f"{name}.py" for name in sorted(sys.stdlib_module_names)]
+    for name in sorted(sys.stdlib_module_names):
+        modules += sorted((library / name).rglob("*.py"))
+    modules = [path for path in modules if path.is_file() and not {"test", "tests", "idle_test"} & set(path.parts)]
+    documents = [topics[name] for name in sorted(topics)] + [docstrings(path) for path in modules]
+    documents = [text for text in documents if text]
+    random.Random(0).shuffle(documents)  # so that the val shard is like the others
+    return Source({"sample": f"the documentation of Python {platform.python_version()}"}, [lambda: [documents]])
+
+
+def docstrings(path: Path) -> str:
+    """The docstrings of a module, its classes and its functions, in the order of the file."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+
+
+def local_source(config: FinewebConfig) -> Source:
+    """The files that --input names; a glob's in the order of their names."""
+    paths: list[Path] = []
+    for pattern in config.input:
+        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        paths += map(Path, found)
+        if not found:
+            raise UsageError(f"--input {pattern}: no such file")
+    for path in paths:
+        if path.suffix not in READERS:
+            raise UsageError(f"--input {path}: the name must end in one of {', '.join(READERS)}")
+    identity = {"files": [[path.name, path.stat().st_size] for path in paths], "text_column": config.text_column}
+    return Source(identity, [partial(READERS[path.suffix], path, config.text_column) for path in paths])
+
+
+def hub_source(config: FinewebConfig) -> Source:
+    """The train files of a data set on the Hub, each downloaded to the cache of `datasets` when its turn comes."""
+    import datasets
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # of its retries; what they come to is said below
+    try:
+        builder = datasets.load_dataset_builder(config.dataset, config.name, revision=config.revision)
+        urls = list(builder.config.data_files["train"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"cannot list --dataset {config.dataset} --name {config.name}: {error}; {HUB_REMEDY}") from None
+
+    def read(url: str) -> Iterable[Texts]:
+        try:
+            path = Path(datasets.DownloadManager().download(url))
+        except OSError as error:
+            raise DataError(f"cannot download {url}: {error}; {HUB_REMEDY}") from None
+        return READERS[Path(url).suffix](path, config.text_column)
+
+    identity = {name: getattr(config, name) for name in ("dataset", "name", "revision", "text_column")}
+    return Source(identity, [partial(read, url) for url in urls])
+
+
+HUB_REMEDY = "run the same command again to go on from here, or give local files with --input"
+
+
+def read_parquet(path: Path, column: str) -> Iterator[Texts]:
+    """The texts of a parquet file, some rows at a time."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                raise DataError(f"{path} has no column {column!r}: choose --text_column from {file.schema_arrow.names}")
+            for rows in file.iter_batches(DOCUMENTS_AT_ONCE, columns=[column]):
+                yield checked(rows.column(0).to_pylist(), path, column)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is not a whole parquet file ({error}): get it again") from None
+
+
+def read_jsonl(path: Path, column: str) -> Iterator[Texts]:
+    """The texts of a file with one JSON object a line."""
+    texts: Texts = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                texts += checked([json.loads(line)[column]], path, column)
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(f"{path}, line {number}: no JSON object with the text {column!r} ({error})") from None
+            if len(texts) == DOCUMENTS_AT_ONCE:
+                yield texts
+                texts = []
+    yield texts
+
+
+def read_txt(path: Path, column: str) -> Iterator[Texts]:
+    """A whole text file as one document."""
+    try:
+        yield [path.read_bytes().decode("utf-8")]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it first") from None
+
+
+READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
+
+
+def checked(texts: list[object], path: Path, column: str) -> Texts:
+    """The texts as they are, once each is seen to be a string or null."""
+    strange = next((text for text in texts if not isinstance(text, str | None)), None)
+    if strange is not None:
+        raise DataError(f"{path}: {column!r} holds {type(strange).__name__}, not text: choose another --text_column")
+    return texts
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+class Position(NamedTuple):
+    """A place in a source: a file, a document of it, a token of that (its end-of-text token being number 0)."""
+
+    file: int = 0
+    document: int = 0
+    token: int = 0
+
+
+class Piece(NamedTuple):
+    """Encoded documents of one file: their tokens end to end, and how many each has."""
+
+    start: Position
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    def position(self, index: int) -> Position:
+        """Where in the source tokens[index] lies."""
+        ends = np.cumsum(self.lengths)
+        document = int(np.searchsorted(ends, index, side="right"))
+        token = index - int(ends[document] - self.lengths[document])
+        return Position(self.start.file, self.start.document + document, token)
+
+
+def read_batches(source: Source, start: Position) -> Iterator[tuple[Position, Texts]]:
+    """The source's documents from `start` on, with the place of the first of each batch."""
+    for file in range(start.file, len(source.files)):
+        document = 0
+        for texts in source.files[file]():
+            passed = min(max(start.document - document, 0), len(texts)) if file == start.file else 0
+            if passed < len(texts):
+                yield Position(file, document + passed), texts[passed:]
+            document += len(texts)
+
+
+def encode_batch(start: Position, texts: Texts) -> Piece:
+    """Encode documents, each after an end-of-text token; a null one has no tokens, an empty one that token alone."""
+    encode = partial(encoding().encode_to_numpy, disallowed_special=())  # <|endoftext|> in a text is ordinary text
+    documents = [[] if text is None else np.append(np.uint16(END_OF_TEXT), encode(text)) for text in texts]
+    return Piece(start, np.concatenate(documents).astype(np.uint16), np.array([len(tokens) for tokens in documents]))
+
+
+def encode_batches(batches: Iterator[tuple[Position, Texts]], workers: int) -> Iterator[Piece]:
+    """Encode batches in parallel processes, a few ahead, in order."""
+    if workers == 1:
+        yield from (encode_batch(*batch) for batch in batches)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
+    ahead: deque[Future[Piece]] = deque()
+    try:
+        with ProcessPoolExecutor(workers, spawn, initializer=end_with_parent) as pool:
+            for batch in batches:
+                ahead.append(pool.submit(encode_batch, *batch))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+    except BrokenProcessPool:
+        raise DataError("a worker process was killed, perhaps for want of memory: try fewer --workers") from None
+
+
+def end_with_parent() -> None:
+    """Leave Ctrl-C to the parent process, and end when it is gone, however it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def cut(pieces: Iterable[Piece], size: int, limit: float, skip: int) -> Iterator[tuple[np.ndarray, Position | None]]:
+    """Cut the tokens, after the first `skip` and up to `limit` of them, into arrays of `size`, the last one shorter.
+
+    With each comes the place of the token after it, None after the last. The array is filled anew for the next.
+    """
+    buffer, filled = np.empty(size, dtype=np.uint16), 0
+    for piece in pieces:
+        taken, end = skip, int(min(len(piece.tokens), skip + limit))
+        limit -= end - taken
+        skip = 0
+        while taken < end:
+            if filled == size:
+                yield buffer, piece.position(taken)
+                filled = 0
+            count = min(size - filled, end - taken)
+            buffer[filled : filled + count] = piece.tokens[taken : taken + count]
+            filled, taken = filled + count, taken + count
+        if not limit:
+            break
+    if filled:
+        yield buffer[:filled], None
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+def shard_name(number: int) -> str:
+    return f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+
+
+def load_manifest(directory: Path) -> dict | None:
+    """The manifest beside the shards, if there is one."""
+    path = directory / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        shards = [(shard["name"], int(shard["tokens"]), shard["sha256"]) for shard in manifest["shards"]]
+        assert all(SHARD_NAME.fullmatch(name) for name, _, _ in shards) and isinstance(manifest["complete"], bool)
+    except (ValueError, TypeError, KeyError, AssertionError):
+        raise DataError(f"{path} is damaged: delete {directory} and build it again") from None
+    return manifest
+
+
+def save_manifest(directory: Path, manifest: dict) -> None:
+    with replacing(directory / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def open_manifest(directory: Path, settings: dict) -> dict:
+    """The manifest of an earlier run with the same settings, or one for a new run."""
+    manifest = load_manifest(directory)
+    if manifest is None and directory.exists() and any(SHARD_NAME.fullmatch(path.name) for path in directory.iterdir()):
+        raise UsageError(f"--out {directory} holds shards without a manifest.json: choose another directory")
+    if manifest is None or not manifest["shards"]:
+        return {**settings, "complete": False, "shards": []}
+    for name, value in settings.items():
+        if manifest.get(name) != value:
+            begun = f"--out {directory} was begun with {name} {manifest.get(name)}, not {value}"
+            raise UsageError(f"{begun}: choose another directory")
+    return manifest
+
+
+def write_shard(directory: Path, number: int, tokens: np.ndarray, following: Position | None) -> dict[str, object]:
+    """Write one shard; returns what the manifest says of it."""
+    path = directory / shard_name(number)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, tokens)
+    following = following and following._asdict()
+    return {"name": path.name, "tokens": len(tokens), "sha256": sha256(path), "next": following}
+
+
+def read_shard(path: Path, shard: dict) -> np.ndarray:
+    """The tokens of a shard that the manifest lists; raises DataError if the file is not the one that was written."""
+    if not path.exists() or sha256(path) != shard["sha256"]:
+        raise DataError(f"{path} is not the file that manifest.json lists: delete {path.parent} and build it again")
+    return np.load(path)
+
+
+def count_tokens(tokens: np.ndarray) -> np.ndarray:
+    """How often each token occurs, counted in parts because bincount widens its input to 8 bytes an element."""
+    return sum(np.bincount(part, minlength=N_TOKENS) for part in np.split(tokens, range(2**20, len(tokens), 2**20)))
+
+
+def summary(counts: list[np.ndarray]) -> dict[str, object]:
+    """What the manifest says of the whole, from each shard's token counts.
+
+    The unigram loss is the cross-entropy, in nats, of the val tokens under the train tokens' frequencies, add-one
+    smoothed: until the validation loss is below it, the model has learned nothing but which tokens occur.
+    """
+    val, train = counts[0], sum(counts[1:])
+    surprise = -np.log((train + 1) / (train.sum() + N_TOKENS))
+    return {
+        "documents": int(val[END_OF_TEXT] + train[END_OF_TEXT]),
+        "tokens": int(val.sum() + train.sum()),
+        "unigram_loss": float((val * surprise).sum() / val.sum()),
+    }
+
+
+def build(config: FinewebConfig) -> dict:
+    """Write the shards and their manifest, from where an interrupted run left off; returns the manifest.
+
+    Raises UsageError for settings other than that run's or a source that fills no second shard, DataError for a source
+    or a shard that cannot be read.
+    """
+    directory, size = config.directory, config.tokens_per_shard
+    source = open_source(config)
+    settings = {"source": source.identity, "vocabulary": "gpt2", "shard_size": size, "max_tokens": config.max_tokens}
+    manifest = open_manifest(directory, settings)
+    if manifest["complete"]:
+        return manifest
+    directory.mkdir(parents=True, exist_ok=True)
+    save_manifest(directory, manifest)  # a shard without a manifest would be taken for somebody else's
+    shards = manifest["shards"]
+    counts = [count_tokens(read_shard(directory / shard["name"], shard)) for shard in shards]
+    done = sum(shard["tokens"] for shard in shards)
+    limit = config.max_tokens - done if config.max_tokens else math.inf
+    start = Position(**shards[-1]["next"]) if shards else Position()
+    pieces = encode_batches(read_batches(source, start), config.workers)
+    with tqdm(total=config.max_tokens, initial=done, unit=" tokens", unit_scale=True, disable=None) as bar:
+        for tokens, following in cut(counted(pieces, bar), size, limit, start.token):
+            if not shards and following is None:
+                raise UsageError(f"--shard_size {size} takes all {len(tokens)} tokens into one shard: choose a smaller")
+            counts.append(count_tokens(tokens))
+            shards.append(write_shard(directory, len(shards), tokens, following))
+            if following is None:
+                manifest.update(summary(counts), complete=True)
+            save_manifest(directory, manifest)
+    if not manifest["complete"]:
+        raise DataError("the source holds no text")
+    return manifest
+
+
+def counted(pieces: Iterable[Piece], bar: tqdm) -> Iterator[Piece]:
+    """Pass pieces on, moving the bar by their tokens."""
+    for piece in pieces:
+        bar.update(len(piece.tokens))
+        yield piece
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_flags(FinewebConfig, argv, __doc__)
+    manifest = build(config)
+    print(
+        f"{config.directory}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
+        f"{len(manifest['shards'])} shards; unigram loss {manifest['unigram_loss']:.4f}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,727 @@
+"""Shards to checkpoints: train GPT-2.
+
+python train_gpt2.py                                      # one device; on a CPU, a small model in minutes
+torchrun --standalone --nproc_per_node=8 train_gpt2.py    # the 124M reproduction on eight GPUs
+python train_gpt2.py --resume                             # go on after an interruption
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import fineweb
+import hellaswag
+import plot
+import sample
+import tokenizer
+from common import DataError, UsageError, choose_device, flag, flush, parse_flags, replacing, run, sha256
+from model import GPT, PRESETS
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FULL_DATA, SAMPLE_DATA = "edu_fineweb10B", "sample_shards"
+
+
+class Recipe(NamedTuple):
+    """The defaults that depend on the model."""
+
+    batch_size: int
+    total_batch_size: int
+    max_steps: int
+    warmup_steps: int
+    max_lr: float
+    eval_every: int = 250
+    hellaswag_every: int = 250
+    sample_every: int = 250
+    save_every: int = 250
+
+
+# Total batches and learning rates are GPT-3's for these sizes (Brown et al., 2020, table 2.1), the warm-up its 375
+# million tokens, the length one pass over 10 billion
+RECIPES = {
+    "debug": Recipe(8, 4096, 60, 10, 3e-3, eval_every=20, hellaswag_every=0, sample_every=20, save_every=20),
+    "gpt2": Recipe(32, 2**19, 19_073, 715, 6e-4),
+    "gpt2-medium": Recipe(16, 2**19, 19_073, 715, 3e-4),
+    "gpt2-large": Recipe(8, 2**19, 19_073, 715, 2.5e-4),
+    "gpt2-xl": Recipe(4, 2**20, 9_536, 357, 2e-4),
+}
+
+
+def by_model(name: str, help: str, **metadata: object) -> Any:
+    """Declare a flag whose default is the recipe's."""
+    defaults = ", ".join(f"{model} {getattr(recipe, name)}" for model, recipe in RECIPES.items())
+    return flag(None, f"{help} (default: {defaults})", **metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run does. A field marked `fixed` alters its mathematics: a resumed run must keep it."""
+
+    model: str | None = flag(
+        None, "size of the network (default: gpt2 on a CUDA device, else debug)", choices=tuple(PRESETS), fixed=True
+    )
+    data_dir: str | None = flag(
+        None, f"directory of shards (default: {FULL_DATA}; for debug, where that is missing, {SAMPLE_DATA})"
+    )
+    out_dir: str = flag("log", "directory of the checkpoints, log.jsonl and loss.png")
+    resume: bool = flag(False, "go on from the newest checkpoint in out_dir, if there is one")
+
+    batch_size: int | None = by_model("batch_size", "sequences in a micro-batch; fewer if memory runs out")
+    block_size: int | None = flag(None, "tokens in a sequence (default: the model's, also the most)", fixed=True)
+    total_batch_size: int | None = by_model("total_batch_size", "tokens in an optimizer step", fixed=True)
+    initial_batch_size: int | None = flag(
+        None, "tokens in the first optimizer steps, and the unit by which they grow (default: no ramp)", fixed=True
+    )
+    batch_ramp_tokens: int = flag(0, "tokens over which steps grow to total_batch_size", fixed=True)
+    shuffle: bool = flag(False, "visit the rows in random order in the first epoch too", fixed=True)
+    seed: int = flag(1337, "of the initial weights and the order of the rows", fixed=True)
+
+    max_steps: int | None = by_model("max_steps", "optimizer steps of the whole run")
+    warmup_steps: int | None = by_model("warmup_steps", "optimizer steps of linear warm-up", fixed=True)
+    max_lr: float | None = by_model("max_lr", "learning rate after warm-up", fixed=True)
+    min_lr: float | None = flag(None, "learning rate at the end of the cosine (default: a tenth of max_lr)", fixed=True)
+    optimizer: str = flag("adamw", "the optimizer", choices=("adamw",), fixed=True)
+    beta1: float = flag(0.9, "decay of AdamW's mean of gradients", fixed=True)
+    beta2: float = flag(0.95, "decay of AdamW's mean of squared gradients", fixed=True)
+    weight_decay: float = flag(0.1, "of matrices; biases and norms have none", fixed=True)
+    grad_clip: float = flag(1.0, "largest norm of the gradient", fixed=True)
+
+    eval_every: int | None = by_model("eval_every", "optimizer steps between validations; 0: none")
+    val_tokens: int = flag(20 * 2**19, "tokens from the start of the val shard to validate on, if it has as many")
+    hellaswag_every: int | None = by_model("hellaswag_every", "optimizer steps between HellaSwag scores; 0: none")
+    sample_every: int | None = by_model("sample_every", "optimizer steps between samples of text; 0: none")
+    save_every: int | None = by_model("save_every", "optimizer steps between checkpoints; 0: at the end only")
+    keep: int = flag(2, "newest checkpoints to keep")
+
+    device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
+    dtype: str = flag("auto", "of autocast; auto: bfloat16 where the device computes it", choices=("auto", *DTYPES))
+    compile: bool | None = flag(None, "compile the model (default: true on a CUDA device, else false)")
+
+
+def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Fill in the defaults that depend on the device and the model."""
+    model = config.model or ("gpt2" if device.type == "cuda" else "debug")
+    full = model != "debug" or any(Path(FULL_DATA).glob("*.npy"))
+    defaults = RECIPES[model]._asdict() | {
+        "model": model,
+        "data_dir": FULL_DATA if full else SAMPLE_DATA,
+        "block_size": PRESETS[model].block_size,
+        "initial_batch_size": config.total_batch_size or RECIPES[model].total_batch_size,
+        "min_lr": 0.1 * (RECIPES[model].max_lr if config.max_lr is None else config.max_lr),
+        "compile": device.type == "cuda",
+    }
+    dtype = auto_dtype(device) if config.dtype == "auto" else config.dtype
+    return replace(config, dtype=dtype, **{name: v for name, v in defaults.items() if getattr(config, name) is None})
+
+
+def auto_dtype(device: torch.device) -> str:
+    """The fastest type that the device computes without emulation."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if device.type == "cpu" and has_bfloat16 else "float32"
+
+
+def validate(config: TrainConfig, processes: int) -> None:
+    """Raise UsageError for settings that do not fit together."""
+    for name, least in LEAST.items():
+        if not getattr(config, name) >= least:  # nan is refused too
+            raise UsageError(f"--{name} must be at least {least}, not {getattr(config, name)}")
+    if config.block_size > PRESETS[config.model].block_size:
+        limit = PRESETS[config.model].block_size
+        raise UsageError(f"--block_size {config.block_size} is beyond {config.model}'s: at most {limit}")
+    micro = config.batch_size * config.block_size * processes
+    for name in ("total_batch_size", "initial_batch_size"):
+        value = getattr(config, name)
+        if value % micro:
+            factors = f"--batch_size {config.batch_size} x --block_size {config.block_size} x {processes} process(es)"
+            raise UsageError(f"--{name} {value} is not a multiple of {factors} = {micro}")
+    if config.initial_batch_size > config.total_batch_size:
+        raise UsageError(f"--initial_batch_size {config.initial_batch_size} is more than --total_batch_size")
+    if config.min_lr > config.max_lr:
+        raise UsageError(f"--min_lr {config.min_lr} is more than --max_lr {config.max_lr}")
+
+
+LEAST = {
+    **dict.fromkeys(("batch_size", "block_size", "total_batch_size", "initial_batch_size"), 1),
+    **dict.fromkeys(("max_steps", "val_tokens", "keep"), 1),
+    **dict.fromkeys(("batch_ramp_tokens", "warmup_steps", "seed", "min_lr", "weight_decay"), 0),
+    **dict.fromkeys(("eval_every", "hellaswag_every", "sample_every", "save_every"), 0),
+}
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, and this one's place among them; one process is a world of one."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leader(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of each process's values, the same on all."""
+        if self.size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.sum(torch.zeros(1)).item()
+
+    def print(self, text: str) -> None:
+        if self.leader:
+            print(text, flush=True)
+
+
+@contextlib.contextmanager
+def start_processes(device_name: str) -> Iterator[World]:
+    """Join the processes that torchrun started, or be the only one."""
+    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = choose_device(device_name, local_rank)
+    if device.type == "mps" and size > 1:
+        raise UsageError("an MPS device takes one process: add --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(int(os.environ.get("RANK", 0)), size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The tokens on disk, and what identifies them."""
+
+    val: np.ndarray
+    train: list[np.ndarray]
+    identity: list[list]
+    unigram_loss: float | None
+
+
+def build_sample(world: World) -> None:
+    """Build the sample shards, once, unless they are there."""
+    manifest = fineweb.load_manifest(Path(SAMPLE_DATA))
+    if world.leader and not (manifest and manifest["complete"]):
+        world.print(f"building {SAMPLE_DATA} from Python's documentation")
+        fineweb.build(fineweb.FinewebConfig(sample=True, workers=1))
+    world.wait()
+
+
+def open_shards(config: TrainConfig, world: World) -> Shards:
+    """Open the shards; raises DataError where one is missing or is not what the manifest says."""
+    directory = Path(config.data_dir)
+    if config.data_dir == SAMPLE_DATA:
+        build_sample(world)
+    manifest = fineweb.load_manifest(directory) or {}
+    listed = {shard["name"]: shard for shard in manifest.get("shards", [])}
+    present = [path.name for path in directory.glob("*.npy") if fineweb.SHARD_NAME.fullmatch(path.name)]
+    names = list(listed) or sorted(present, key=lambda name: name[-10:])  # by number: val comes first
+    if len(names) < 2:
+        raise DataError(f"--data_dir {directory} holds no val and train shards: make them with fineweb.py")
+    for number, name in enumerate(names):
+        if name != fineweb.shard_name(number):
+            raise DataError(f"{directory / fineweb.shard_name(number)} is missing: build the shards again")
+    shards = [open_shard(directory / name, listed.get(name)) for name in names]
+    hashes = [listed[name]["sha256"] if listed else None for name in names]
+    identity = [[name, len(shard), digest] for name, shard, digest in zip(names, shards, hashes, strict=True)]
+    if len(shards[0]) <= config.block_size or sum(map(len, shards[1:])) <= config.total_batch_size:
+        raise UsageError(f"--data_dir {directory} holds too few tokens for one batch: lower --total_batch_size")
+    return Shards(shards[0], shards[1:], identity, manifest.get("unigram_loss"))
+
+
+def open_shard(path: Path, listed: dict | None) -> np.ndarray:
+    """Map one shard into memory."""
+    try:
+        tokens = np.load(path, mmap_mode="r")
+        expected = listed["tokens"] if listed else len(tokens)
+        if tokens.dtype != np.uint16 or tokens.shape != (expected,):
+            raise ValueError(f"{tokens.dtype} of shape {tokens.shape}")
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path} is not a whole shard of uint16 tokens ({error}): build it again") from None
+    return tokens
+
+
+def read_tokens(shard: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """A part of a shard; raises DataError for a token outside the vocabulary."""
+    tokens = shard[start:stop]
+    if len(tokens) and tokens.max() >= tokenizer.N_TOKENS:
+        raise DataError(f"{shard.filename} holds the token {tokens.max()}, which GPT-2 has not: build it again")
+    return tokens
+
+
+class Batches:
+    """The train shards as one stream of tokens, cut into rows of block_size, each with the label after its last token.
+
+    A position counts tokens from the start of the first epoch; it is the whole state. The first epoch's rows come in
+    order, the others' (with `shuffle` its own too) in a permutation drawn from the seed and the epoch. What an epoch
+    has left after its last whole batch is passed over.
+    """
+
+    def __init__(self, shards: list[np.ndarray], block_size: int, seed: int, shuffle: bool) -> None:
+        self.shards, self.block_size, self.seed, self.shuffle = shards, block_size, seed, shuffle
+        self.starts = np.cumsum([0] + [len(shard) for shard in shards])
+        self.rows = int(self.starts[-1] - 1) // block_size
+
+    def at(self, position: int, tokens: int) -> tuple[Tensor, int]:
+        """The batch of `tokens` tokens at a position: rows (tokens / T, T + 1), and the position after it."""
+        epoch, first = divmod(position // self.block_size, self.rows)
+        count = tokens // self.block_size
+        if first + count > self.rows:
+            epoch, first = epoch + 1, 0
+        rows = np.stack([self.row(row) for row in self.order(epoch)[first : first + count]])
+        return torch.from_numpy(rows.astype(np.int64)), (epoch * self.rows + first + count) * self.block_size
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of an epoch's rows."""
+        return permutation(self.rows, self.seed, epoch) if epoch or self.shuffle else np.arange(self.rows)
+
+    def row(self, row: int) -> np.ndarray:
+        """The tokens of a row and the one after it, from one shard or from several."""
+        start, stop = row * self.block_size, (row + 1) * self.block_size + 1
+        parts = []
+        for number in range(int(np.searchsorted(self.starts, start, side="right")) - 1, len(self.shards)):
+            begin = self.starts[number]
+            parts.append(read_tokens(self.shards[number], max(start - begin, 0), max(stop - begin, 0)))
+            if stop <= self.starts[number + 1]:
+                break
+        return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=1)
+def permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The row numbers in an order that every process draws alike."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+# ---- schedules and optimizer -----------------------------------------------------------------------------------------
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up to max_lr, then a cosine to min_lr at max_steps, for the step that follows `step` steps."""
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.min_lr + (config.max_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def batch_tokens(config: TrainConfig, position: int) -> int:
+    """Tokens of the optimizer step at a position: GPT-3's linear ramp, in whole multiples of initial_batch_size.
+
+    That unit holds whole micro-batches of every process, and depends on neither.
+    """
+    if position >= config.batch_ramp_tokens:
+        return config.total_batch_size
+    grown = (config.total_batch_size - config.initial_batch_size) * position // config.batch_ramp_tokens
+    return config.initial_batch_size + grown // config.initial_batch_size * config.initial_batch_size
+
+
+def make_optimizer(gpt: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, none on biases and norms."""
+    parameters = list(gpt.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
+
+
+@dataclass
+class Trainer:
+    """A run in memory. `gpt` owns the weights, and is what is saved, sampled and scored; `model` is how it is run."""
+
+    config: TrainConfig
+    world: World
+    gpt: GPT
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    position: int = 0
+
+    def autocast(self) -> torch.autocast:
+        dtype = DTYPES[self.config.dtype]
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
+    """Put the network on the device, and wrap it for speed and for several processes."""
+    gpt = gpt.to(world.device)
+    model = torch.compile(gpt) if config.compile else gpt
+    if world.size > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+    return Trainer(config, world, gpt, model, make_optimizer(gpt, config), scaler)
+
+
+def training_step(trainer: Trainer, rows: Tensor) -> tuple[float, float]:
+    """One optimizer step on a global batch of rows (N, T + 1); returns the mean loss and the gradient's norm.
+
+    Rank r of R takes the r-th of every R runs of batch_size rows, so the batch is the same for any R.
+    """
+    config, world = trainer.config, trainer.world
+    micro_batches = rows.view(-1, world.size, config.batch_size, config.block_size + 1)[:, world.rank]
+    total = torch.zeros((), device=world.device)
+    for number, micro_batch in enumerate(micro_batches.to(world.device)):
+        # read by DDP in the forward pass: reduce the gradients once, with the last micro-batch
+        trainer.model.require_backward_grad_sync = number == len(micro_batches) - 1
+        with trainer.autocast():
+            _, loss = trainer.model(micro_batch[:, :-1], micro_batch[:, 1:])
+        trainer.scaler.scale(loss / len(micro_batches)).backward()
+        total += loss.detach() / len(micro_batches)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = learning_rate(config, trainer.step)
+    trainer.scaler.unscale_(trainer.optimizer)
+    norm = nn.utils.clip_grad_norm_(trainer.gpt.parameters(), config.grad_clip)
+    if norm.isfinite():  # the norm of the reduced gradient, so every process decides alike
+        trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    trainer.optimizer.zero_grad()
+    return float(world.sum(total)) / world.size, float(norm)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validation_loss(trainer: Trainer, val: np.ndarray) -> float:
+    """The mean loss over the first val_tokens of the val shard, for any micro-batch and number of processes alike."""
+    config, world = trainer.config, trainer.world
+    B, T, mine = config.batch_size, config.block_size, slice(world.rank, None, world.size)
+    count = max(1, min(config.val_tokens, len(val) - 1) // T)
+    tokens = torch.from_numpy(read_tokens(val, 0, count * T + 1).astype(np.int64))
+    total = 0.0
+    for x, y in zip(tokens[:-1].view(-1, T)[mine].split(B), tokens[1:].view(-1, T)[mine].split(B), strict=True):
+        missing = (0, 0, 0, B - len(x))  # filled up, for a compiled model; targets of -100 do not count
+        x_full, y_full = F.pad(x, missing), F.pad(y, missing, value=-100)
+        with trainer.autocast():
+            _, loss = trainer.model(x_full.to(world.device), y_full.to(world.device))
+        total += float(loss) * y.numel()
+    return float(world.sum(torch.tensor(total, dtype=torch.float64))) / (count * T)
+
+
+def load_hellaswag(config: TrainConfig, world: World) -> list[hellaswag.Example]:
+    """This process's share of HellaSwag; without the file, a notice and nothing."""
+    if not config.hellaswag_every:
+        return []
+    if world.leader:
+        try:
+            hellaswag.download()
+        except (OSError, DataError) as error:
+            world.print(f"HellaSwag is left out: {error}")
+    world.wait()
+    return hellaswag.load(hellaswag.FILE)[world.rank :: world.size] if hellaswag.FILE.exists() else []
+
+
+def evaluate(trainer: Trainer, log: Log, shards: Shards, examples: list[hellaswag.Example]) -> None:
+    """Whatever is due at this step: validation loss, HellaSwag, samples."""
+    config, world, step = trainer.config, trainer.world, trainer.step
+    if due(config.eval_every, trainer):
+        loss, unigram = validation_loss(trainer, shards.val), format_or_na(shards.unigram_loss, ".4f")
+        log.write(f"step {step:5d} | validation loss {loss:.4f} (unigram {unigram})", step=step, val_loss=loss)
+    if examples and due(config.hellaswag_every, trainer):
+        with trainer.autocast():
+            correct = world.sum(hellaswag.count_correct(trainer.gpt, examples))
+        total = int(world.sum(torch.tensor(len(examples))))
+        acc, acc_norm = (correct / total).tolist()
+        text = f"step {step:5d} | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}"
+        log.write(text, step=step, hellaswag_acc=acc, hellaswag_acc_norm=acc_norm)
+    if world.leader and due(config.sample_every, trainer):
+        with trainer.autocast():
+            texts = sample.complete(trainer.gpt, sample.SampleConfig(max_new_tokens=32, seed=config.seed))
+        world.print("".join(f"> {text!r}\n" for text in texts))
+    if world.leader and due(config.eval_every, trainer):
+        plot.draw(Path(config.out_dir))
+
+
+def due(every: int, trainer: Trainer) -> bool:
+    """Whether periodic work falls on this step; it always does on the last."""
+    return every > 0 and (trainer.step % every == 0 or trainer.step == trainer.config.max_steps)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """The directories of checkpoints, the newest first."""
+    return sorted(out_dir.glob("step_[0-9][0-9][0-9][0-9][0-9][0-9]*"), key=lambda path: -int(path.name[5:]))
+
+
+def save_checkpoint(trainer: Trainer, data: list[list]) -> None:
+    """Write a checkpoint that is either complete or absent, then remove the oldest beyond `keep`."""
+    out_dir, step = Path(trainer.config.out_dir), trainer.step
+    final, temporary = out_dir / f"step_{step:06d}", out_dir / ".checkpoint.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    trainer.gpt.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary, trainer.gpt.config.block_size)
+    with replacing(temporary / "optimizer.safetensors") as path:
+        save_file(optimizer_tensors(trainer) | random_states(trainer.world.device), path)
+    state = {
+        "step": step,
+        "position": trainer.position,
+        "config": asdict(trainer.config),
+        "data": data,
+        "scaler": trainer.scaler.state_dict(),
+        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+    }
+    write_json(temporary / "trainer.json", state)
+    write_json(temporary / "MANIFEST.json", {path.name: sha256(path) for path in sorted(temporary.iterdir())})
+    shutil.rmtree(final, ignore_errors=True)  # only one that was found damaged can be there
+    os.replace(temporary, final)
+    flush(out_dir)
+    for old in checkpoints(out_dir)[trainer.config.keep :]:
+        shutil.rmtree(old)
+
+
+def write_json(path: Path, content: object) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """The optimizer's state, each tensor under its own name and the parameter's."""
+    state, parameters = trainer.optimizer.state, trainer.gpt.named_parameters()
+    return {f"{key}.{name}": tensor for name, p in parameters for key, tensor in state[p].items()}
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"random.cpu": torch.get_rng_state()}
+    return states | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything is."""
+    try:
+        manifest = json.loads((directory / "MANIFEST.json").read_text(encoding="utf-8"))
+        wrong = [name for name, digest in manifest.items() if sha256(directory / name) != digest]
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return f"{', '.join(wrong)} changed since it was written" if wrong else None
+
+
+def newest_checkpoint(out_dir: Path, world: World) -> Path | None:
+    """The newest checkpoint whose hashes hold, as the leader finds it; raises DataError if none of several does."""
+    found, choice = checkpoints(out_dir), torch.tensor(-1)
+    for number, directory in enumerate(found if world.leader else []):
+        if not (problem := damage(directory)):
+            choice = torch.tensor(number)
+            break
+        world.print(f"passing over the checkpoint {directory}: {problem}")
+    number = int(world.sum(choice if world.leader else torch.tensor(0)))
+    if found and number < 0:
+        raise DataError(f"no checkpoint in --out_dir {out_dir} is whole: choose another directory to start anew")
+    return found[number] if found else None
+
+
+def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: list[list]) -> Trainer:
+    """The run as it was; raises UsageError where a setting or the data would alter its mathematics."""
+    state = json.loads((directory / "trainer.json").read_text(encoding="utf-8"))
+    refuse_changes(state, config, data)
+    trainer = make_trainer(config, world, GPT.from_pretrained(directory))
+    tensors = load_file(directory / "optimizer.safetensors")
+    for name, parameter in trainer.gpt.named_parameters():
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
+        trainer.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(world.device) for key in keys}
+    torch.set_rng_state(tensors["random.cpu"])
+    if world.device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], world.device)
+    trainer.scaler.load_state_dict(state["scaler"]) if trainer.scaler.is_enabled() and state["scaler"] else None
+    trainer.step, trainer.position = state["step"], state["position"]
+    return trainer
+
+
+def refuse_changes(state: dict, config: TrainConfig, data: list[list]) -> None:
+    """Raise UsageError if the resumed run would not be the one that was stopped."""
+    before = TrainConfig(**{name: value for name, value in state["config"].items()})
+    for field in fields(TrainConfig):
+        old, new = getattr(before, field.name), getattr(config, field.name)
+        if field.metadata.get("fixed") and old != new:
+            raise UsageError(f"--{field.name} {new}, but the run in --out_dir {config.out_dir} was begun with {old}")
+    if state["data"] != data:
+        raise UsageError(f"the shards in --data_dir {config.data_dir} are not those the run was begun with")
+    if any(learning_rate(before, step) != learning_rate(config, step) for step in range(state["step"])):
+        raise UsageError(f"--max_steps {config.max_steps} changes learning rates of steps done with {before.max_steps}")
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+# Dense bf16 (fp16 for the oldest) FLOP/s by the vendors' data sheets, found by a part of the device's name
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+class Log:
+    """log.jsonl, with the same numbers on the terminal; lines past the step that the run goes on from are dropped."""
+
+    def __init__(self, path: Path, world: World, step: int) -> None:
+        self.path, self.world = path, world
+        if world.leader:
+            kept = [record for record in plot.read_log(path) if record["step"] <= step] if step else []
+            with replacing(path) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+    def write(self, text: str, **record: object) -> None:
+        """Append a record, and print its text."""
+        if self.world.leader:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            print(text, flush=True)
+
+
+def flops_per_token(gpt: GPT) -> int:
+    """Forward and backward: 6 for each weight that multiplies, and 12 L C T for attention (PaLM, appendix B)."""
+    config = gpt.config
+    weights = sum(p.numel() for p in gpt.parameters()) - gpt.transformer.wpe.weight.numel()
+    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def announce(trainer: Trainer, shards: Shards) -> None:
+    """Print what the run is about to do."""
+    config, world, vocab_size = trainer.config, trainer.world, trainer.gpt.config.vocab_size
+    micro = config.batch_size * config.block_size * world.size
+    ramp = f", from {config.initial_batch_size:,} at first" if config.batch_ramp_tokens else ""
+    world.print(
+        f"model {config.model} on {world.size} x {device_name(world.device)}, {config.dtype}, compile {config.compile} "
+        f"(choose with --model, --device, --dtype, --compile)\n"
+        f"data {config.data_dir} (choose with --data_dir): {sum(map(len, shards.train)):,} train tokens, "
+        f"{len(shards.val):,} val tokens, unigram loss {format_or_na(shards.unigram_loss, '.4f')}\n"
+        f"batch of {config.total_batch_size:,} tokens{ramp}: {config.total_batch_size // micro} accumulation steps of "
+        f"batch_size {config.batch_size} x block_size {config.block_size} x {world.size} process(es)"
+    )
+    for group in trainer.optimizer.param_groups:
+        sizes = [parameter.numel() for parameter in group["params"]]
+        world.print(f"weight decay {group['weight_decay']}: {len(sizes)} tensors, {sum(sizes):,} parameters")
+    world.print(f"expected first loss: ln({vocab_size}) = {math.log(vocab_size):.4f}")
+
+
+def format_or_na(value: float | None, how: str) -> str:
+    return "n/a" if value is None else format(value, how)
+
+
+def report(trainer: Trainer, log: Log, tokens: int, loss: float, norm: float, seconds: float, left: float) -> None:
+    """Log one optimizer step."""
+    world, step = trainer.world, trainer.step
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in device_name(world.device)), None)
+    rate = tokens / seconds
+    mfu = peak and rate * flops_per_token(trainer.gpt) / (peak * world.size)
+    lr = trainer.optimizer.param_groups[0]["lr"]
+    log.write(
+        f"step {step:5d}/{trainer.config.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | "
+        f"{1000 * seconds:.0f} ms | {rate:,.0f} tokens/s | MFU {format_or_na(mfu, '.1%')} | "
+        f"{timedelta(seconds=round(left))} left",
+        **{"step": step, "loss": loss, "lr": lr, "norm": norm, "tokens": tokens, "position": trainer.position},
+        **{"ms": 1000 * seconds, "tokens_per_second": rate, "mfu": mfu},
+    )
+
+
+def start_or_resume(config: TrainConfig, world: World, data: list[list]) -> Trainer:
+    """A new run, or with `resume` the one in out_dir; raises UsageError where there is one and `resume` is not set."""
+    out_dir = Path(config.out_dir)
+    if not config.resume and (checkpoints(out_dir) or (out_dir / "log.jsonl").exists()):
+        raise UsageError(f"--out_dir {out_dir} holds a run: continue it with --resume, or choose another directory")
+    world.wait()  # until all have looked
+    if directory := newest_checkpoint(out_dir, world):
+        world.print(f"resuming from {directory}")
+        return load_checkpoint(directory, config, world, data)
+    if world.leader:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    return make_trainer(config, world, GPT(replace(PRESETS[config.model], block_size=config.block_size)))
+
+
+def train(config: TrainConfig) -> None:
+    """Train until max_steps; every process of the world calls this.
+
+    Raises UsageError for settings that do not fit, DataError for shards or checkpoints that cannot be used.
+    """
+    with start_processes(config.device) as world:
+        config = resolve(config, world.device)
+        validate(config, world.size)
+        shards = open_shards(config, world)
+        batches = Batches(shards.train, config.block_size, config.seed, config.shuffle)
+        trainer = start_or_resume(config, world, shards.identity)
+        announce(trainer, shards)
+        if trainer.step >= config.max_steps:
+            return world.print(f"the run in {config.out_dir} is finished: {trainer.step} of {config.max_steps} steps")
+        examples = load_hellaswag(config, world)
+        log = Log(Path(config.out_dir) / "log.jsonl", world, trainer.step)
+        if trainer.step == 0:
+            log.write("training", step=0, unigram_loss=shards.unigram_loss)
+            evaluate(trainer, log, shards, examples)
+        began, first = time.perf_counter(), trainer.step
+        while trainer.step < config.max_steps:
+            started = time.perf_counter()
+            rows, trainer.position = batches.at(trainer.position, batch_tokens(config, trainer.position))
+            loss, norm = training_step(trainer, rows)
+            trainer.step += 1
+            now = time.perf_counter()
+            left = (now - began) / (trainer.step - first) * (config.max_steps - trainer.step)
+            report(trainer, log, rows[:, 1:].numel(), loss, norm, now - started, left)
+            evaluate(trainer, log, shards, examples)
+            if world.leader and (due(config.save_every, trainer) or trainer.step == config.max_steps):
+                save_checkpoint(trainer, shards.identity)
+        world.print(f"finished: {checkpoints(Path(config.out_dir))[0]}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_flags(TrainConfig, argv, __doc__)
+    try:
+        train(config)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"out of memory: try a smaller --batch_size ({str(error).splitlines()[0]})") from None
+
+
+if __name__ == "__main__":
+    run(main)
