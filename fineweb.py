@@ -240,10 +240,17 @@ def read_batches(source: Source, start: Position) -> Iterator[tuple[Position, Te
             document += len(texts)
 
 
+def encode_text(text: str) -> np.ndarray:
+    """The same tokens as tiktoken's encode_ordinary, but faster."""
+    try:
+        return encoding().encode_to_numpy(text, disallowed_special=())  # <|endoftext|> in a text is ordinary text
+    except UnicodeEncodeError:
+        return np.array(encoding().encode_ordinary(text))  # which knows what to do with half a surrogate pair
+
+
 def encode_batch(start: Position, texts: Texts) -> Piece:
     """Encode documents, each after an end-of-text token; a null one has no tokens, an empty one that token alone."""
-    encode = partial(encoding().encode_to_numpy, disallowed_special=())  # <|endoftext|> in a text is ordinary text
-    documents = [[] if text is None else np.append(np.uint16(END_OF_TEXT), encode(text)) for text in texts]
+    documents = [[] if text is None else np.append(np.uint16(END_OF_TEXT), encode_text(text)) for text in texts]
     return Piece(start, np.concatenate(documents).astype(np.uint16), np.array([len(tokens) for tokens in documents]))
 
 

@@ -60,7 +60,7 @@ class Recipe(NamedTuple):
 # Total batches and learning rates are GPT-3's for these sizes (Brown et al., 2020, table 2.1), the warm-up its 375
 # million tokens, the length one pass over 10 billion
 RECIPES = {
-    "debug": Recipe(8, 4096, 60, 10, 3e-3, eval_every=20, hellaswag_every=0, sample_every=20, save_every=20),
+    "debug": Recipe(4, 2048, 120, 12, 3e-3, eval_every=30, hellaswag_every=0, sample_every=60, save_every=30),
     "gpt2": Recipe(32, 2**19, 19_073, 715, 6e-4),
     "gpt2-medium": Recipe(16, 2**19, 19_073, 715, 3e-4),
     "gpt2-large": Recipe(8, 2**19, 19_073, 715, 2.5e-4),
@@ -159,6 +159,8 @@ def validate(config: TrainConfig, processes: int) -> None:
             raise UsageError(f"--{name} {value} is not a multiple of {factors} = {micro}")
     if config.initial_batch_size > config.total_batch_size:
         raise UsageError(f"--initial_batch_size {config.initial_batch_size} is more than --total_batch_size")
+    if (config.initial_batch_size < config.total_batch_size) != (config.batch_ramp_tokens > 0):
+        raise UsageError("--initial_batch_size and --batch_ramp_tokens make the ramp together: give both or neither")
     if config.min_lr > config.max_lr:
         raise UsageError(f"--min_lr {config.min_lr} is more than --max_lr {config.max_lr}")
 
@@ -166,7 +168,7 @@ def validate(config: TrainConfig, processes: int) -> None:
 LEAST = {
     **dict.fromkeys(("batch_size", "block_size", "total_batch_size", "initial_batch_size"), 1),
     **dict.fromkeys(("max_steps", "val_tokens", "keep"), 1),
-    **dict.fromkeys(("batch_ramp_tokens", "warmup_steps", "seed", "min_lr", "weight_decay"), 0),
+    **dict.fromkeys(("batch_ramp_tokens", "warmup_steps", "seed", "min_lr", "grad_clip", "weight_decay"), 0),
     **dict.fromkeys(("eval_every", "hellaswag_every", "sample_every", "save_every"), 0),
 }
 
@@ -389,15 +391,20 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     return Trainer(config, world, gpt, model, make_optimizer(gpt, config), scaler)
 
 
-def training_step(trainer: Trainer, rows: Tensor) -> tuple[float, float]:
-    """One optimizer step on a global batch of rows (N, T + 1); returns the mean loss and the gradient's norm.
+def share(rows: Tensor, batch_size: int, world: World) -> Tensor:
+    """This process's micro-batches (accumulation steps, B, T + 1) of a global batch of rows (N, T + 1).
 
-    Rank r of R takes the r-th of every R runs of batch_size rows, so the batch is the same for any R.
+    Each accumulation step takes the next B rows for every rank in turn.
     """
+    return rows.view(-1, world.size, batch_size, rows.shape[1])[:, world.rank]
+
+
+def training_step(trainer: Trainer, rows: Tensor) -> tuple[float, float]:
+    """One optimizer step on a global batch of rows (N, T + 1); returns the mean loss and the gradient's norm."""
     config, world = trainer.config, trainer.world
-    micro_batches = rows.view(-1, world.size, config.batch_size, config.block_size + 1)[:, world.rank]
+    micro_batches = share(rows, config.batch_size, world).to(world.device)
     total = torch.zeros((), device=world.device)
-    for number, micro_batch in enumerate(micro_batches.to(world.device)):
+    for number, micro_batch in enumerate(micro_batches):
         # read by DDP in the forward pass: reduce the gradients once, with the last micro-batch
         trainer.model.require_backward_grad_sync = number == len(micro_batches) - 1
         with trainer.autocast():

@@ -1,0 +1,259 @@
+"""Shards hold exactly the source's tokens, whatever the documents, the sizes, the processes and the interruptions."""
+
+import json
+import math
+import random
+from collections import Counter
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import fineweb
+from common import sha256
+from tokenizer import END_OF_TEXT, decode, encode, encoding
+
+STRANGE = [
+    "An ordinary document.",
+    "",
+    "A document with <|endoftext|> written in it, twice: <|endoftext|>",
+    None,
+    "Ünïcödé, 你好, 🙂🙂, and a lone surrogate \ud83d.",
+    "\n\n  \t   spaces   \r\n",
+    "long " * 3000,
+    "'s 're 've 'll it's IT'S 12345678901234567890 !!!???",
+]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def write_parquet(path, texts, row_group_size=3):
+    table = pyarrow.table({"url": ["x"] * len(texts), "text": pyarrow.array(texts, pyarrow.string())})
+    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def expected_tokens(texts):
+    return [token for text in texts if text is not None for token in [END_OF_TEXT, *encode(text)]]
+
+
+def read_directory(directory):
+    manifest = json.loads((directory / "manifest.json").read_text())
+    return manifest, [np.load(directory / shard["name"]) for shard in manifest["shards"]]
+
+
+def build(*flags):
+    fineweb.main(["--workers", "1", *map(str, flags)])
+
+
+def test_shards_hold_the_documents_in_order_each_after_end_of_text(tmp_path):
+    build("--input", write_jsonl(tmp_path / "a.jsonl", STRANGE), "--shard_size", 1000, "--out", "out")
+    manifest, shards = read_directory(tmp_path / "out")
+    expected = expected_tokens(STRANGE)
+    assert np.concatenate(shards).tolist() == expected
+    assert all(shard.dtype == np.uint16 and shard.ndim == 1 for shard in shards)
+    assert [len(shard) for shard in shards] == [1000] * (len(expected) // 1000) + [len(expected) % 1000]
+    names = [shard["name"] for shard in manifest["shards"]]
+    assert names[:2] == ["edufineweb_val_000000.npy", "edufineweb_train_000001.npy"] and len(set(names)) == len(names)
+    assert manifest["documents"] == 7 and manifest["tokens"] == len(expected) and manifest["complete"]
+    for shard in manifest["shards"]:
+        assert shard["sha256"] == sha256(tmp_path / "out" / shard["name"])
+
+
+def test_random_documents_survive_any_shard_size(tmp_path):
+    generator = random.Random(0)
+    for attempt in range(20):
+        alphabet = generator.choice(["ab \n", "aé你🙂 .", "0123 '", "".join(map(chr, range(32, 500)))])
+        texts = [
+            "".join(generator.choices(alphabet, k=generator.randrange(80))) for _ in range(generator.randrange(2, 40))
+        ]
+        expected = expected_tokens(texts)
+        size = generator.randrange(1, len(expected))
+        build("--input", write_jsonl(tmp_path / "a.jsonl", texts), "--shard_size", size, "--out", f"out{attempt}")
+        _, shards = read_directory(tmp_path / f"out{attempt}")
+        assert np.concatenate(shards).tolist() == expected
+        assert {len(shard) for shard in shards[:-1]} == {size} and 1 <= len(shards[-1]) <= size
+        documents = np.split(np.concatenate(shards), np.flatnonzero(np.concatenate(shards) == END_OF_TEXT))[1:]
+        assert [decode(document[1:].tolist()) for document in documents] == texts
+
+
+def test_a_document_may_be_longer_than_several_shards(tmp_path):
+    texts = ["short", "word " * 5000, "short"]
+    build("--input", write_jsonl(tmp_path / "a.jsonl", texts), "--shard_size", 300, "--out", "out")
+    _, shards = read_directory(tmp_path / "out")
+    assert len(shards) > 10 and np.concatenate(shards).tolist() == expected_tokens(texts)
+
+
+def test_every_kind_of_file_gives_the_same_shards(tmp_path):
+    texts = [f"Document {number}, " + "text " * number for number in range(600)]
+    sources = {
+        "jsonl": [write_jsonl(tmp_path / "a.jsonl", texts)],
+        "parquet": [
+            write_parquet(tmp_path / "part_0.parquet", texts[:250]),
+            write_parquet(tmp_path / "part_1.parquet", texts[250:]),
+        ],
+        "glob": ["*.parquet"],
+        "txt": [],
+    }
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:04d}.txt").write_text(text)
+    sources["txt"] = ["????.txt"]
+    for kind, paths in sources.items():
+        build("--input", *paths, "--shard_size", 10_000, "--out", kind)
+    hashes = [[(s["name"], s["sha256"]) for s in read_directory(tmp_path / kind)[0]["shards"]] for kind in sources]
+    assert hashes[0] == hashes[1] == hashes[2] == hashes[3]
+    assert np.concatenate(read_directory(tmp_path / "jsonl")[1]).tolist() == expected_tokens(texts)
+
+
+def test_another_column_can_hold_the_text(tmp_path):
+    table = pyarrow.table({"text": ["no"] * 50, "body": ["yes it is"] * 50})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    build("--input", "a.parquet", "--text_column", "body", "--shard_size", 100, "--out", "out")
+    assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected_tokens(["yes it is"] * 50)
+
+
+def test_spawned_processes_write_the_same_bytes_as_one(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE * 300)
+    for workers in (1, 2):
+        flags = ["--input", "a.jsonl", "--shard_size", "20000", "--out", f"w{workers}", "--workers", str(workers)]
+        fineweb.main(flags)
+    files = sorted(path.name for path in (tmp_path / "w1").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "w2").iterdir())
+    assert all((tmp_path / "w1" / name).read_bytes() == (tmp_path / "w2" / name).read_bytes() for name in files)
+
+
+def test_max_tokens_cuts_the_stream(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    expected = expected_tokens(STRANGE)
+    for limit in (1001, 2000, len(expected), 10 * len(expected)):
+        build("--input", "a.jsonl", "--shard_size", 1000, "--max_tokens", limit, "--out", f"out{limit}")
+        assert np.concatenate(read_directory(tmp_path / f"out{limit}")[1]).tolist() == expected[:limit]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(1, 9))
+def test_an_interrupted_build_ends_in_the_same_bytes(tmp_path, monkeypatch, moment):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE[:5])
+    write_jsonl(tmp_path / "b.jsonl", STRANGE[4:] * 2)
+    flags = ["--input", "a.jsonl", "b.jsonl", "--shard_size", 1500]
+    build(*flags, "--out", "whole")
+    replace, calls = fineweb.replacing, []
+
+    def interrupting(path):
+        calls.append(path)
+        if len(calls) == moment:
+            raise Interrupted
+        return replace(path)
+
+    monkeypatch.setattr(fineweb, "replacing", interrupting)  # before the moment-th file gets its name
+    with pytest.raises(Interrupted):
+        build(*flags, "--out", "torn")
+    monkeypatch.setattr(fineweb, "replacing", replace)
+    build(*flags, "--out", "torn")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "torn" / path.name).read_bytes(), path.name
+
+
+def test_a_finished_directory_is_left_alone(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+
+def test_the_unigram_loss_is_the_smoothed_cross_entropy_of_val_under_train(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    build("--input", "a.jsonl", "--shard_size", 500, "--out", "out")
+    manifest, shards = read_directory(tmp_path / "out")
+    counts, total = Counter(np.concatenate(shards[1:]).tolist()), sum(map(len, shards[1:]))
+    losses = [-math.log((counts[token] + 1) / (total + 50257)) for token in shards[0].tolist()]
+    assert manifest["unigram_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-9)
+
+
+def test_the_sample_is_pythons_documentation(tmp_path):
+    build("--sample")
+    manifest, shards = read_directory(tmp_path / "sample_shards")
+    assert {len(shard) for shard in shards[:-1]} == {65_536} and len(shards) >= 5
+    assert "Return the absolute value of" in decode(np.concatenate(shards).tolist()) or manifest["documents"] > 500
+    assert manifest["source"]["sample"].startswith("the documentation of Python 3.")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--input", "nothing*.parquet"], "nothing*.parquet"),
+        (["--input", "a.jsonl", "--sample"], "--sample"),
+        (["--input", "a.csv"], "a.csv"),
+        (["--input", "a.jsonl", "--shard_size", "100000"], "--shard_size"),
+        (["--input", "a.jsonl", "--shard_size", "0"], "--shard_size"),
+        (["--input", "a.jsonl", "--shard_size", "9", "--workers", "0"], "--workers"),
+    ],
+)
+def test_bad_flags_are_refused_by_name_and_nothing_is_written(tmp_path, flags, says):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    (tmp_path / "a.csv").write_text("text\n")
+    with pytest.raises(fineweb.UsageError) as error:
+        build(*flags, "--out", "out")
+    assert says in str(error.value) and not list(tmp_path.glob("out/*.npy"))
+
+
+def test_a_source_that_fits_one_shard_can_be_built_again_in_smaller_ones(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    total = len(expected_tokens(STRANGE))
+    with pytest.raises(fineweb.UsageError, match="--shard_size"):
+        build("--input", "a.jsonl", "--shard_size", total, "--out", "out")
+    build("--input", "a.jsonl", "--shard_size", total - 1, "--out", "out")
+    assert [len(shard) for shard in read_directory(tmp_path / "out")[1]] == [total - 1, 1]
+
+
+def test_damaged_sources_are_refused_by_name(tmp_path):
+    whole = write_parquet(tmp_path / "whole.parquet", ["text"] * 1000).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "other.jsonl").write_text('{"body": "fine"}\n')
+    (tmp_path / "number.jsonl").write_text('{"text": 1}\n')
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n')
+    cases = {
+        "cut.parquet": "cut.parquet",
+        "latin.txt": "UTF-8",
+        "broken.jsonl": "line 2",
+        "other.jsonl": "line 1",
+        "number.jsonl": "text_column",
+        "null.jsonl": "no text",
+    }
+    for name, says in cases.items():
+        with pytest.raises(fineweb.DataError, match=says):
+            build("--input", name, "--shard_size", 10, "--out", "out")
+    with pytest.raises(fineweb.DataError, match="--text_column"):
+        build("--input", "whole.parquet", "--text_column", "body", "--shard_size", 10, "--out", "out")
+
+
+def test_a_begun_directory_keeps_its_settings_and_its_shards(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    with pytest.raises(fineweb.UsageError, match="shard_size"):
+        build("--input", "a.jsonl", "--shard_size", 1001, "--out", "out")
+    write_jsonl(tmp_path / "b.jsonl", STRANGE)
+    with pytest.raises(fineweb.UsageError, match="source"):
+        build("--input", "b.jsonl", "--shard_size", 1000, "--out", "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(fineweb.UsageError, match="manifest"):
+        build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    (tmp_path / "out" / "manifest.json").write_text('{"shards": 3')
+    with pytest.raises(fineweb.DataError, match="manifest"):
+        build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+
+
+def test_fast_encoding_equals_encode_ordinary():
+    texts = [text for text in STRANGE if text is not None]
+    piece = fineweb.encode_batch(fineweb.Position(), texts)
+    assert piece.tokens.tolist() == [t for text in texts for t in [END_OF_TEXT, *encoding().encode_ordinary(text)]]

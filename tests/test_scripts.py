@@ -1,0 +1,183 @@
+"""The scripts as a person runs them: flags, messages, exit statuses, several processes."""
+
+import ast
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_script
+
+import fineweb
+import hellaswag
+import plot
+import sample
+import train_gpt2
+
+SCRIPTS = {
+    "fineweb.py": fineweb.FinewebConfig,
+    "train_gpt2.py": train_gpt2.TrainConfig,
+    "hellaswag.py": hellaswag.HellaswagConfig,
+    "sample.py": sample.SampleConfig,
+    "plot.py": plot.PlotConfig,
+}
+TINY_RUN = (
+    "--model debug --device cpu --dtype float32 --block_size 16 --batch_size 2 --total_batch_size 64 --max_steps 4 "
+)
+TINY_RUN = (TINY_RUN + "--warmup_steps 2 --data_dir shards --eval_every 2 --save_every 2 --sample_every 0").split()
+
+
+def losses(directory, key="loss"):
+    return {record["step"]: record[key] for record in plot.read_log(directory / "log.jsonl") if key in record}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_lists_every_field_with_its_meaning_and_default(name):
+    finished = run_script(name, "--help")
+    words = " ".join(finished.stdout.split())
+    assert finished.returncode == 0
+    for field in dataclasses.fields(SCRIPTS[name]):
+        assert field.name in words
+        assert " ".join(field.metadata["help"].split()) in words, field.name
+        assert field.default in (None, ()) or f"(default: {field.default})" in words, field.name
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "suggestion"),
+    [
+        ("train_gpt2.py", "--batchsize", "--batch_size"),
+        ("train_gpt2.py", "--max_step=3", "--max_steps"),
+        ("train_gpt2.py", "--batch-size", "--batch_size"),
+        ("fineweb.py", "--shard", "--shard_size"),
+        ("hellaswag.py", "--modle", "--model"),
+        ("sample.py", "--topk", "--top_k"),
+        ("plot.py", "--xyzzy", "--help"),
+    ],
+)
+def test_an_unknown_or_abbreviated_flag_suggests_the_right_one(name, flag, suggestion):
+    finished = run_script(name, flag, "3")
+    assert finished.returncode == 2 and suggestion in finished.stderr and flag.split("=")[0] in finished.stderr
+    assert len(finished.stderr.strip().splitlines()) == 1
+
+
+def test_each_mistake_ends_in_one_line_and_its_status(make_shards, tmp_path):
+    make_shards()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "log.jsonl").write_text("")
+    mistakes = [
+        (2, "--batch_size", "train_gpt2.py", "--batch_size", "many"),
+        (2, "--compile", "train_gpt2.py", "--compile=maybe"),
+        (2, "total_batch_size", "train_gpt2.py", *TINY_RUN, "--total_batch_size", "100"),
+        (2, "--resume", "train_gpt2.py", *TINY_RUN, "--out_dir", "held"),
+        (1, "fineweb.py", "train_gpt2.py", *TINY_RUN, "--data_dir", "empty"),
+        (2, "nothing.parquet", "fineweb.py", "--input", "nothing.parquet"),
+        (2, "--checkpoint", "sample.py"),
+        (1, "empty", "sample.py", "--checkpoint", "empty"),
+        (2, "--temperature", "sample.py", "--temperature", "-1"),
+        (2, "--prompt", "sample.py", "--prompt", ""),
+        (2, "--model", "hellaswag.py"),
+        (1, "log.jsonl", "plot.py", "empty"),
+    ]
+    for status, words, *command in mistakes:
+        finished = run_script(*command)
+        assert finished.returncode == status, (command, finished.stderr)
+        assert words in finished.stderr and len(finished.stderr.strip().splitlines()) == 1, (command, finished.stderr)
+    assert not (tmp_path / "log").exists()
+
+
+def test_importing_any_file_has_no_effect(tmp_path):
+    program = """
+import os, random, sys, threading
+sys.path.insert(0, sys.argv[1])
+import matplotlib, numpy, torch
+def state():
+    return (sorted(os.listdir()), dict(os.environ), threading.active_count(), random.getstate(), os.times().children_user,
+            torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_float32_matmul_precision(),
+            str(numpy.random.get_state()), torch.cuda.is_initialized(), torch.distributed.is_initialized())
+before = state()
+import common, fineweb, hellaswag, model, plot, sample, tokenizer, train_gpt2
+assert state() == before
+assert tokenizer.encoding.cache_info().currsize == 0
+"""
+    finished = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True)
+    assert finished.returncode == 0 and not finished.stdout and not finished.stderr, finished.stderr
+
+
+def test_no_pickle_is_written_or_read():
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called not in {"torch.save", "torch.load", "pickle.dump", "pickle.load", "exec", "eval"}, path.name
+
+
+def test_two_processes_give_the_losses_of_one_and_resume_each_other(make_shards, tmp_path):
+    make_shards()
+    for processes in (0, 2):
+        finished = run_script("train_gpt2.py", *TINY_RUN, "--out_dir", f"log{processes}", processes=processes)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stdout.count("expected first loss") == 1  # one process prints
+    one, two = tmp_path / "log0", tmp_path / "log2"
+    for key in ("loss", "val_loss", "norm"):
+        first, second = losses(one, key), losses(two, key)
+        assert first.keys() == second.keys() and len(first) >= 3
+        assert all(second[step] == pytest.approx(first[step], rel=2e-5) for step in first), (key, first, second)
+    assert losses(one, "position") == losses(two, "position")
+    # the other number of processes goes on from step 2
+    for directory, processes in ((one, 2), (two, 0)):
+        expected = losses(directory)
+        shutil.rmtree(directory / "step_000004")
+        finished = run_script("train_gpt2.py", *TINY_RUN, "--out_dir", directory, "--resume", processes=processes)
+        assert finished.returncode == 0, finished.stderr
+        again = losses(directory)
+        assert all(again[step] == pytest.approx(expected[step], rel=2e-5) for step in expected)
+
+
+def test_two_processes_resume_bit_for_bit(make_shards, tmp_path):
+    make_shards()
+    assert run_script("train_gpt2.py", *TINY_RUN, processes=2).returncode == 0
+    whole = (tmp_path / "log" / "step_000004" / "model.safetensors").read_bytes()
+    expected = losses(tmp_path / "log")
+    shutil.rmtree(tmp_path / "log" / "step_000004")
+    assert run_script("train_gpt2.py", *TINY_RUN, "--resume", processes=2).returncode == 0
+    assert losses(tmp_path / "log") == expected
+    assert (tmp_path / "log" / "step_000004" / "model.safetensors").read_bytes() == whole
+
+
+def test_a_mistake_under_torchrun_is_said_once(make_shards):
+    make_shards()
+    finished = run_script("train_gpt2.py", *TINY_RUN, "--batch_size", "3", processes=2)
+    assert finished.returncode != 0
+    assert finished.stderr.count("train_gpt2.py: error: --total_batch_size 64 is not a multiple of") == 1
+    assert (
+        "2 process(es)" in finished.stderr
+        and 'Traceback (most recent call last):\n  File "' + str(ROOT) not in finished.stderr
+    )
+
+
+def test_a_checkpoint_can_be_sampled_scored_and_drawn(make_shards, tmp_path):
+    make_shards()
+    assert run_script("train_gpt2.py", *TINY_RUN, "--out_dir", "log").returncode == 0
+    checkpoint = tmp_path / "log" / "step_000004"
+    flags = ["--checkpoint", checkpoint, "--num_samples", "2", "--max_new_tokens", "5", "--device", "cpu"]
+    first, second = (run_script("sample.py", *flags, "--prompt", "The cat") for _ in range(2))
+    assert first.returncode == 0 and first.stdout.count("The cat") == 2 and first.stdout == second.stdout
+    assert run_script("sample.py", *flags, "--prompt", "The cat", "--seed", "1").stdout != first.stdout
+    example = {"ctx": "A man sits. he", "endings": ["is wet.", "sings.", "is.", "runs away."], "label": 1}
+    (tmp_path / "examples.jsonl").write_text(json.dumps(example) + "\n")
+    scored = run_script("hellaswag.py", "--model", checkpoint, "--data", "examples.jsonl", "--device", "cpu")
+    assert scored.returncode == 0 and scored.stdout.startswith("1 examples: acc ")
+    (tmp_path / "log" / "loss.png").unlink()
+    drawn = run_script("plot.py", "log")
+    assert drawn.returncode == 0 and drawn.stdout.strip() == "log/loss.png"
+    assert (tmp_path / "log" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_network_the_hub_is_one_line_and_nothing_is_lost(tmp_path):
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    finished = run_script("fineweb.py", env=env)
+    assert finished.returncode == 1
+    assert "HuggingFaceFW/fineweb-edu" in finished.stderr and "--input" in finished.stderr
+    assert len(finished.stderr.strip().splitlines()) == 1, finished.stderr

@@ -1,0 +1,400 @@
+"""The loop computes what it says: the same batches, losses and updates however the work is divided or interrupted."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import plot
+import train_gpt2
+from common import DataError, UsageError
+from model import GPT, PRESETS, GPTConfig
+from train_gpt2 import Batches, TrainConfig, World, batch_tokens, learning_rate, share, train
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch):
+    """The debug model, smaller."""
+    monkeypatch.setitem(PRESETS, "debug", GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=16))
+
+
+@pytest.fixture
+def config(make_shards):
+    """Settings of a run of seconds."""
+    return TrainConfig(
+        model="debug",
+        data_dir=str(make_shards(tokens=3000, shard_size=500)),
+        device="cpu",
+        dtype="float32",
+        batch_size=2,
+        block_size=16,
+        total_batch_size=128,
+        max_steps=8,
+        warmup_steps=2,
+        max_lr=1e-2,
+        eval_every=4,
+        sample_every=0,
+        save_every=4,
+        keep=10,
+    )
+
+
+def records(directory, key):
+    return {record["step"]: record[key] for record in plot.read_log(directory / "log.jsonl") if key in record}
+
+
+def weights(directory):
+    return GPT.from_pretrained(directory).state_dict()
+
+
+def same(first, second):
+    return all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def stream(*lengths):
+    tokens = np.arange(sum(lengths)).astype(np.uint16)
+    return np.split(tokens, np.cumsum(lengths)[:-1])
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(1000,), (1, 1, 7, 500, 491), (333, 333, 334), tuple([10] * 100)])
+def test_an_epoch_is_the_stream_in_order_across_shards(lengths):
+    batches, position, seen = Batches(stream(*lengths), block_size=8, seed=0, shuffle=False), 0, []
+    for _ in range(999 // 32):
+        rows, position = batches.at(position, 32)
+        assert rows.shape == (4, 9)
+        assert torch.equal(rows[:, 1:], rows[:, :-1] + 1)  # the labels are the next tokens
+        seen += rows[:, :-1].flatten().tolist()
+    assert seen == list(range(len(seen))) and position == len(seen)
+    assert 999 - len(seen) < 32
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_epoch_visits_each_row_once_and_later_ones_in_other_orders(shuffle):
+    batches, position, epochs = Batches(stream(100, 157), block_size=8, seed=3, shuffle=shuffle), 0, []
+    for epoch in range(3):
+        starts = []
+        while position < (epoch + 1) * 256:
+            rows, position = batches.at(position, 64)
+            starts += rows[:, 0].tolist()
+        epochs.append(starts)
+    ordered = list(range(0, 256, 8))
+    assert all(sorted(starts) == ordered for starts in epochs)
+    assert (epochs[0] == ordered) != shuffle
+    assert epochs[1] != ordered and epochs[1] != epochs[2] and epochs[0] != epochs[2]
+
+
+def test_the_last_partial_batch_of_an_epoch_is_passed_over():
+    batches = Batches(stream(257), block_size=8, seed=0, shuffle=False)  # 32 rows
+    rows, position = batches.at(30 * 8, 32)  # 2 rows are left, 4 are wanted
+    assert position == 32 * 8 + 32
+    expected, _ = batches.at(32 * 8, 32)
+    assert torch.equal(rows, expected)
+
+
+def test_a_position_alone_determines_the_batch():
+    first = Batches(stream(300, 300), block_size=8, seed=5, shuffle=True)
+    for position in (0, 64, 512, 640, 64, 0):
+        again = Batches(stream(300, 300), block_size=8, seed=5, shuffle=True)
+        assert torch.equal(first.at(position, 64)[0], again.at(position, 64)[0])
+    assert not torch.equal(first.at(0, 64)[0], Batches(stream(300, 300), 8, seed=6, shuffle=True).at(0, 64)[0])
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(1, 1), (1, 24), (2, 3), (3, 4), (4, 6), (8, 1)])
+def test_the_tokens_of_a_step_do_not_depend_on_processes_or_micro_batch(processes, batch_size):
+    rows = torch.arange(24 * 9).view(24, 9)
+    shares = [share(rows, batch_size, World(rank, processes, CPU)) for rank in range(processes)]
+    assert {part.shape for part in shares} == {(24 // batch_size // processes, batch_size, 9)}
+    together = torch.stack(shares, dim=1).reshape(24, 9)  # step by step, rank by rank
+    assert torch.equal(together, rows)
+
+
+# ---- schedules and optimizer -----------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_at_the_corners_of_its_schedule():
+    config = TrainConfig(max_lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19_073)
+    assert learning_rate(config, 0) == pytest.approx(6e-4 / 715)
+    assert learning_rate(config, 714) == pytest.approx(6e-4)
+    assert learning_rate(config, 715) == pytest.approx(6e-4)
+    assert learning_rate(config, (715 + 19_073) // 2) == pytest.approx((6e-4 + 6e-5) / 2)
+    assert learning_rate(config, 19_073) == pytest.approx(6e-5)
+    assert learning_rate(config, 30_000) == pytest.approx(6e-5)
+    rates = [learning_rate(config, step) for step in range(715, 19_073)]
+    assert rates == sorted(rates, reverse=True)
+    assert learning_rate(replace(config, warmup_steps=0, max_steps=1), 0) == pytest.approx(6e-4)
+
+
+def test_the_batch_grows_linearly_in_whole_units_to_its_full_size():
+    config = TrainConfig(initial_batch_size=32, total_batch_size=512, batch_ramp_tokens=4800)
+    sizes = [batch_tokens(config, position) for position in range(0, 6000, 10)]
+    assert sizes[0] == 32 and sizes == sorted(sizes) and set(sizes) == set(range(32, 513, 32))
+    assert batch_tokens(config, 4799) == 480 and batch_tokens(config, 4800) == 512
+    for position in range(0, 4800, 10):
+        linear = 32 + (512 - 32) * position / 4800
+        assert linear - 32 < batch_tokens(config, position) <= linear
+    assert batch_tokens(TrainConfig(initial_batch_size=512, total_batch_size=512), 0) == 512
+
+
+def test_matrices_decay_and_biases_and_norms_do_not():
+    gpt = GPT(PRESETS["debug"])
+    decay = {}
+    for group in train_gpt2.make_optimizer(gpt, TrainConfig(max_lr=1e-3)).param_groups:
+        decay.update({id(parameter): group["weight_decay"] for parameter in group["params"]})
+    assert len(decay) == len(list(gpt.parameters()))
+    for name, parameter in gpt.named_parameters():
+        matrix = name.endswith("weight") and "ln_" not in name
+        assert decay[id(parameter)] == (0.1 if matrix else 0.0), name
+
+
+def gradients_of(config, rows):
+    """The gradients that one optimizer step on these rows works with, and the loss and norm that it reports."""
+    torch.manual_seed(0)
+    trainer = train_gpt2.make_trainer(config, ALONE, GPT(PRESETS["debug"]))
+    caught = []
+    trainer.optimizer.step = lambda: caught.extend(p.grad.clone() for p in trainer.gpt.parameters())
+    loss, norm = train_gpt2.training_step(trainer, rows)
+    return caught, loss, norm
+
+
+def test_gradients_of_four_micro_batches_equal_those_of_one(config):
+    rows = torch.randint(50257, (8, 17), generator=torch.Generator().manual_seed(0))
+    config = replace(train_gpt2.resolve(config, CPU), grad_clip=1e9)
+    four, four_loss, four_norm = gradients_of(replace(config, batch_size=2), rows)
+    one, one_loss, one_norm = gradients_of(replace(config, batch_size=8), rows)
+    assert four_loss == pytest.approx(one_loss, abs=1e-5) and four_norm == pytest.approx(one_norm, rel=1e-4)
+    for first, second in zip(four, one, strict=True):
+        assert torch.allclose(first, second, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(config):
+    rows = torch.randint(50257, (8, 17), generator=torch.Generator().manual_seed(0))
+    config = train_gpt2.resolve(config, CPU)
+    free, _, norm = gradients_of(replace(config, grad_clip=1e9), rows)
+    clipped, _, reported = gradients_of(replace(config, grad_clip=norm / 10), rows)
+    assert reported == pytest.approx(norm, rel=1e-5)
+    assert math.sqrt(sum(g.square().sum().item() for g in clipped)) == pytest.approx(norm / 10, rel=1e-3)
+    for before, after in zip(free, clipped, strict=True):
+        assert torch.allclose(before / 10, after, rtol=1e-3, atol=1e-8)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(config):
+    config = train_gpt2.resolve(config, CPU)
+    trainer = train_gpt2.make_trainer(config, ALONE, GPT(PRESETS["debug"]))
+    trainer.gpt.transformer.ln_f.bias.register_hook(lambda gradient: gradient * math.nan)
+    before = {name: weight.clone() for name, weight in trainer.gpt.state_dict().items()}
+    _, norm = train_gpt2.training_step(trainer, torch.zeros(8, 17, dtype=torch.long))
+    assert math.isnan(norm) and same(before, trainer.gpt.state_dict()) and not trainer.optimizer.state
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_a_checkpoint_a_log_and_a_picture(config, tmp_path, capsys):
+    train(replace(config, max_steps=24, eval_every=8, sample_every=24))
+    losses, val = records(tmp_path / "log", "loss"), records(tmp_path / "log", "val_loss")
+    assert list(losses) == list(range(1, 25)) and list(val) == [0, 8, 16, 24]
+    assert abs(losses[1] - math.log(50304)) < 0.2 and losses[24] < losses[1] - 2 and val[24] < val[8] < val[0]
+    assert (tmp_path / "log" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    names = {path.name for path in (tmp_path / "log" / "step_000024").iterdir()}
+    assert names == {
+        *("config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json"),
+        *("optimizer.safetensors", "trainer.json", "MANIFEST.json"),
+    }
+    printed = capsys.readouterr().out
+    decayed = sum(w.numel() for w in GPT(GPTConfig(16, n_layer=2, n_head=2, n_embd=16)).parameters() if w.dim() > 1)
+    for words in ("cpu", "float32", "4 accumulation steps", f"{decayed:,}", "10.8258", "--model", "n/a", "> "):
+        assert words in printed, words
+
+
+def test_n_plus_n_steps_equal_2n_bit_for_bit(config, tmp_path):
+    """Across the end of an epoch (19 batches), inside the ramp, and whatever the micro-batch at which it is resumed."""
+    config = replace(config, initial_batch_size=64, batch_ramp_tokens=1500, max_steps=32, save_every=8)
+    train(config)
+    for begun in (8, 24):
+        shutil.copytree(tmp_path / "log", tmp_path / f"log{begun}")
+        for directory in train_gpt2.checkpoints(tmp_path / f"log{begun}"):
+            if int(directory.name[5:]) > begun:
+                shutil.rmtree(directory)
+        train(replace(config, out_dir=f"log{begun}", resume=True))
+        assert same(weights(tmp_path / "log" / "step_000032"), weights(tmp_path / f"log{begun}" / "step_000032"))
+        for key in ("loss", "val_loss", "norm", "lr", "position"):
+            assert records(tmp_path / "log", key) == records(tmp_path / f"log{begun}", key), key
+        for name in ("optimizer.safetensors", "model.safetensors"):
+            first, second = (tmp_path / log / "step_000032" / name for log in ("log", f"log{begun}"))
+            assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_schedule_may_be_prolonged_where_the_steps_done_stay_as_they_were(config, tmp_path):
+    constant = replace(config, min_lr=1e-2, warmup_steps=0)
+    train(constant)
+    train(replace(constant, max_steps=12, resume=True))
+    train(replace(constant, max_steps=12, out_dir="whole"))
+    assert same(weights(tmp_path / "log" / "step_000012"), weights(tmp_path / "whole" / "step_000012"))
+    train(replace(config, out_dir="cosine"))
+    with pytest.raises(UsageError, match="--max_steps"):
+        train(replace(config, out_dir="cosine", max_steps=12, resume=True))
+
+
+def test_fp16_trains_with_a_scaler_and_resumes_bit_for_bit(config, tmp_path):
+    config = replace(config, dtype="float16")
+    train(config)
+    shutil.copytree(tmp_path / "log", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "step_000008")
+    train(replace(config, out_dir="again", resume=True))
+    assert json.loads((tmp_path / "log" / "step_000008" / "trainer.json").read_text())["scaler"]["scale"] > 1
+    assert records(tmp_path / "log", "loss") == records(tmp_path / "again", "loss")
+    assert same(weights(tmp_path / "log" / "step_000008"), weights(tmp_path / "again" / "step_000008"))
+
+
+def test_resuming_nothing_starts_and_a_finished_run_is_left_alone(config, tmp_path, capsys):
+    train(replace(config, resume=True))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "log").rglob("*")}
+    train(replace(config, resume=True))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "log").rglob("*")}
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "trainer.json", "MANIFEST.json"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(config, tmp_path, capsys, file):
+    train(config)
+    expected = weights(tmp_path / "log" / "step_000008")
+    path = tmp_path / "log" / "step_000008" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    train(replace(config, resume=True))
+    printed = capsys.readouterr().out
+    assert "passing over the checkpoint log/step_000008" in printed and "resuming from log/step_000004" in printed
+    assert (
+        same(expected, weights(tmp_path / "log" / "step_000008")) and list(records(tmp_path / "log", "loss"))[-1] == 8
+    )
+    for directory in train_gpt2.checkpoints(tmp_path / "log"):
+        (directory / file).unlink()
+    with pytest.raises(DataError, match="whole"):
+        train(replace(config, resume=True))
+
+
+def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
+    train(replace(config, save_every=2, keep=2))
+    assert sorted(path.name for path in (tmp_path / "log").glob("step_*")) == ["step_000006", "step_000008"]
+    assert not list((tmp_path / "log").glob(".*"))
+
+
+def test_the_validation_loss_does_not_depend_on_the_micro_batch(config):
+    config = train_gpt2.resolve(config, CPU)
+    val = np.load(f"{config.data_dir}/edufineweb_val_000000.npy")
+    torch.manual_seed(0)
+    gpt = GPT(PRESETS["debug"])
+    for limit in (160, 10**6):
+        count = min(limit, len(val) - 1) // 16
+        rows = torch.from_numpy(val[: count * 16 + 1].astype(np.int64))
+        _, expected = gpt(rows[:-1].view(-1, 16), rows[1:].view(-1, 16))
+        for batch_size in (1, 3, 7, 64):
+            trainer = train_gpt2.make_trainer(replace(config, batch_size=batch_size, val_tokens=limit), ALONE, gpt)
+            assert train_gpt2.validation_loss(trainer, val) == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_compiled_run_computes_the_same(config, tmp_path):
+    if not (shutil.which("gcc") or shutil.which("clang")):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    train(replace(config, max_steps=4))
+    train(replace(config, max_steps=4, compile=True, out_dir="compiled"))
+    for key in ("loss", "val_loss"):
+        eager, compiled = records(tmp_path / "log", key), records(tmp_path / "compiled", key)
+        assert eager.keys() == compiled.keys()
+        assert all(compiled[step] == pytest.approx(eager[step], abs=1e-3) for step in eager)
+
+
+# ---- wrong input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"total_batch_size": 100}, "--total_batch_size 100 .*--batch_size 2 x --block_size 16 x 1"),
+        ({"block_size": 64}, "--block_size 64 .* 32"),
+        ({"batch_size": 0}, "--batch_size"),
+        ({"grad_clip": math.nan}, "--grad_clip"),
+        ({"min_lr": 1.0}, "--min_lr"),
+        ({"initial_batch_size": 96, "batch_ramp_tokens": 100, "batch_size": 4}, "--initial_batch_size 96"),
+        ({"initial_batch_size": 64}, "--batch_ramp_tokens"),
+        ({"batch_ramp_tokens": 64}, "--initial_batch_size"),
+        ({"total_batch_size": 32 * 1000}, "--total_batch_size"),
+        ({"device": "gpu"}, "--device"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_flag_before_anything_is_written(config, tmp_path, change, says):
+    with pytest.raises(UsageError, match=says):
+        train(replace(config, **change))
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"total_batch_size": 64},
+        {"max_lr": 2e-2},
+        {"warmup_steps": 3},
+        {"shuffle": True},
+        {"block_size": 32},
+    ],
+)
+def test_a_resumed_run_refuses_a_change_of_its_mathematics(config, change):
+    train(replace(config, max_steps=4))
+    with pytest.raises(UsageError, match=f"--{next(iter(change))} "):
+        train(replace(config, max_steps=4, resume=True, **change))
+
+
+def test_a_run_is_not_overwritten_without_resume_nor_resumed_on_other_shards(config, tmp_path, make_shards):
+    train(config)
+    with pytest.raises(UsageError, match="--resume"):
+        train(config)
+    other = make_shards(tokens=3000, shard_size=600, out="other")
+    with pytest.raises(UsageError, match="--data_dir"):
+        train(replace(config, data_dir=str(other), resume=True))
+
+
+def test_missing_and_damaged_shards_are_named(config, tmp_path):
+    with pytest.raises(DataError, match="nowhere.*fineweb.py"):
+        train(replace(config, data_dir="nowhere"))
+    shard = tmp_path / "shards" / "edufineweb_train_000002.npy"
+    content = shard.read_bytes()
+
+    def refused(new_content):
+        shard.write_bytes(new_content)
+        with pytest.raises(DataError, match="edufineweb_train_000002"):
+            train(replace(config, resume=True))
+
+    refused(b"")
+    refused(content[:100])
+    refused(content[:-10])
+    tokens = np.load(tmp_path / "shards" / "edufineweb_train_000003.npy")
+    for wrong in (tokens[:50], tokens.astype(np.int32), tokens.reshape(2, -1)):
+        np.save(shard, wrong)
+        refused(shard.read_bytes())
+    tokens[7] = 50257
+    np.save(shard, tokens)
+    refused(shard.read_bytes())
+    shard.unlink()
+    with pytest.raises(DataError, match="edufineweb_train_000002"):
+        train(replace(config, resume=True))
+
+
+def test_shards_without_a_manifest_can_be_trained_on(config, tmp_path):
+    (tmp_path / "shards" / "manifest.json").unlink()
+    train(config)
+    assert len(records(tmp_path / "log", "loss")) == 8
+    (tmp_path / "shards" / "edufineweb_train_000001.npy").unlink()
+    with pytest.raises(DataError, match="edufineweb_train_000001"):
+        train(replace(config, out_dir="other"))
