@@ -1,0 +1,22 @@
+PYTHON ?= python3
+.PHONY: demo test clean
+
+# The package index has CUDA builds of torch for Linux; they run on a CPU as well
+.venv/demo: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/test: .venv/demo requirements-dev.txt
+	.venv/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: .venv/demo
+	.venv/bin/python train_gpt2.py --model debug --out_dir demo --resume
+	.venv/bin/python sample.py --checkpoint "$$(ls -d demo/step_* | tail -n 1)"
+
+test: .venv/test
+	.venv/bin/python -m pytest -q
+
+clean:
+	rm -rf .venv demo sample_shards
