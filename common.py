@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import json
 import os
 import sys
 import typing
@@ -28,8 +29,20 @@ class DataError(ValueError):
 
 
 def flag(default: object, help: str, **metadata: object) -> typing.Any:
-    """Declare a dataclass field that is also a flag; where the default is None, the help text says what follows."""
+    """Declare a dataclass field that is also a flag; where the default is None, the help text says what follows.
+
+    In the metadata, `choices` are argparse's, `least` is the smallest number allowed (0 unless it is given), and
+    `positional` drops the dashes.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def check_bounds(config: object) -> None:
+    """Raise UsageError for a number that is less than its field's `least`."""
+    for field in dataclasses.fields(config):
+        value, least = getattr(config, field.name), field.metadata.get("least", 0)
+        if isinstance(value, int | float) and not value >= least:  # nan is refused too
+            raise UsageError(f"--{field.name} must be at least {least}, not {value}")
 
 
 def boolean(text: str) -> bool:
@@ -134,6 +147,12 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a whole JSON file, or leave the one that was there."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import DataError, UsageError, flag, parse_flags, replacing, run, sha256
+from common import DataError, UsageError, check_bounds, flag, parse_flags, replacing, run, sha256, write_json
 from tokenizer import END_OF_TEXT, N_TOKENS, encoding
 
 DOCUMENTS_AT_ONCE = 256
@@ -53,16 +53,14 @@ class FinewebConfig:
     sample: bool = flag(False, "the documentation that comes with Python instead")
     text_column: str = flag("text", "the column, or JSON key, that holds the text")
     out: str | None = flag(None, "directory of the shards (default: edu_fineweb10B, or sample_shards with --sample)")
-    shard_size: int | None = flag(None, "tokens in a shard (default: 100000000, or 65536 with --sample)")
-    max_tokens: int | None = flag(None, "stop after this many tokens (default: at the end of the source)")
-    workers: int = flag(os.cpu_count() or 1, "processes that encode")
+    shard_size: int | None = flag(None, "tokens in a shard (default: 100000000, or 65536 with --sample)", least=1)
+    max_tokens: int | None = flag(None, "stop after this many tokens (default: at the end of the source)", least=1)
+    workers: int = flag(os.cpu_count() or 1, "processes that encode", least=1)
 
     def __post_init__(self) -> None:
         if self.sample and self.input:
             raise UsageError("--sample and --input are two sources: choose one")
-        for name in ("shard_size", "max_tokens", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        check_bounds(self)
 
     @property
     def directory(self) -> Path:
@@ -324,11 +322,6 @@ def load_manifest(directory: Path) -> dict | None:
     return manifest
 
 
-def save_manifest(directory: Path, manifest: dict) -> None:
-    with replacing(directory / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
 def open_manifest(directory: Path, settings: dict) -> dict:
     """The manifest of an earlier run with the same settings, or one for a new run."""
     manifest = load_manifest(directory)
@@ -392,7 +385,7 @@ def build(config: FinewebConfig) -> dict:
     if manifest["complete"]:
         return manifest
     directory.mkdir(parents=True, exist_ok=True)
-    save_manifest(directory, manifest)  # a shard without a manifest would be taken for somebody else's
+    write_json(directory / "manifest.json", manifest)  # a shard without a manifest would be taken for somebody else's
     shards = manifest["shards"]
     counts = [count_tokens(read_shard(directory / shard["name"], shard)) for shard in shards]
     done = sum(shard["tokens"] for shard in shards)
@@ -407,7 +400,7 @@ def build(config: FinewebConfig) -> dict:
             shards.append(write_shard(directory, len(shards), tokens, following))
             if following is None:
                 manifest.update(summary(counts), complete=True)
-            save_manifest(directory, manifest)
+            write_json(directory / "manifest.json", manifest)
     if not manifest["complete"]:
         raise DataError("the source holds no text")
     return manifest

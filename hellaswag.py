@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import DataError, UsageError, choose_device, flag, parse_flags, replacing, run, sha256
+from common import DataError, UsageError, check_bounds, choose_device, flag, parse_flags, replacing, run, sha256
 from model import GPT
 from tokenizer import encode
 
@@ -36,14 +36,13 @@ BATCH_TOKENS = 8192
 class HellaswagConfig:
     model: str | None = flag(None, "checkpoint directory to score (required)")
     data: str | None = flag(None, f"file of examples (default: {FILE}, downloaded if it is not there)")
-    limit: int | None = flag(None, "score only this many examples from the start (default: all)")
+    limit: int | None = flag(None, "score only this many examples from the start (default: all)", least=1)
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
 
     def __post_init__(self) -> None:
         if self.model is None:
             raise UsageError("--model DIR is required: the checkpoint directory to score")
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(f"--limit must be at least 1, not {self.limit}")
+        check_bounds(self)
 
 
 class Example(NamedTuple):

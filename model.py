@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import DataError, replacing
+from common import DataError, replacing, write_json
 from tokenizer import END_OF_TEXT, N_TOKENS
 
 # Hugging Face stores these as (in, out), the transpose of nn.Linear's
@@ -181,8 +181,7 @@ class GPT(nn.Module):
         weights = {name: stored(name, weight).contiguous() for name, weight in weights.items()}
         with replacing(directory / "model.safetensors") as temporary:
             save_file(weights, temporary, metadata={"format": "pt"})
-        with replacing(directory / "config.json") as temporary:
-            temporary.write_text(json.dumps(huggingface_config(self.config), indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "config.json", huggingface_config(self.config))
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> GPT:

@@ -40,7 +40,7 @@ def draw(directory: Path) -> Path:
 
     records = read_log(directory / "log.jsonl")
     curves = {
-        key: [(record["step"], record[key]) for record in records if key in record]
+        key: [(record["step"], record[key]) for record in records if record.get(key) is not None]
         for key in ("loss", "val_loss", "hellaswag_acc_norm")
     }
     unigram = next((record["unigram_loss"] for record in records if record.get("unigram_loss")), None)

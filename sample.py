@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import UsageError, choose_device, flag, parse_flags, run
+from common import UsageError, check_bounds, choose_device, flag, parse_flags, run
 from model import GPT
 from tokenizer import decode, encode
 
@@ -18,19 +18,17 @@ from tokenizer import decode, encode
 class SampleConfig:
     checkpoint: str | None = flag(None, "checkpoint directory of the model (required)")
     prompt: str = flag("Hello, I'm a language model,", "text to continue")
-    num_samples: int = flag(4, "continuations to write")
-    max_new_tokens: int = flag(64, "tokens in each continuation")
+    num_samples: int = flag(4, "continuations to write", least=1)
+    max_new_tokens: int = flag(64, "tokens in each continuation", least=1)
     temperature: float = flag(1.0, "below 1 safer, above 1 wilder, 0 always the likeliest token")
-    top_k: int = flag(50, "draw from this many likeliest tokens only")
+    top_k: int = flag(50, "draw from this many likeliest tokens only", least=1)
     seed: int = flag(42, "of the random draws")
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UsageError("--prompt is empty: give some text to continue")
-        for name, least in {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 1}.items():
-            if not getattr(self, name) >= least:  # nan is refused too
-                raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        check_bounds(self)
 
 
 def complete(gpt: GPT, config: SampleConfig) -> list[str]:

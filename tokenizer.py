@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import typing
 from pathlib import Path
 
-from common import DataError, replacing, sha256
+from common import DataError, replacing, sha256, write_json
 
 if typing.TYPE_CHECKING:
     import tiktoken
@@ -76,5 +75,4 @@ def save_pretrained(directory: Path, block_size: int) -> None:
         "eos_token": end,
         "unk_token": end,
     }
-    with replacing(directory / "tokenizer_config.json") as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", settings)

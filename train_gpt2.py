@@ -34,7 +34,19 @@ import hellaswag
 import plot
 import sample
 import tokenizer
-from common import DataError, UsageError, choose_device, flag, flush, parse_flags, replacing, run, sha256
+from common import (
+    DataError,
+    UsageError,
+    check_bounds,
+    choose_device,
+    flag,
+    flush,
+    parse_flags,
+    replacing,
+    run,
+    sha256,
+    write_json,
+)
 from model import GPT, PRESETS
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -51,6 +63,7 @@ class Recipe(NamedTuple):
     max_steps: int
     warmup_steps: int
     max_lr: float
+    val_tokens: int = 20 * 2**19
     eval_every: int = 250
     hellaswag_every: int = 250
     sample_every: int = 250
@@ -60,7 +73,7 @@ class Recipe(NamedTuple):
 # Total batches and learning rates are GPT-3's for these sizes (Brown et al., 2020, table 2.1), the warm-up its 375
 # million tokens, the length one pass over 10 billion
 RECIPES = {
-    "debug": Recipe(4, 2048, 120, 12, 3e-3, eval_every=30, hellaswag_every=0, sample_every=60, save_every=30),
+    "debug": Recipe(4, 2048, 120, 12, 3e-3, 2**15, eval_every=30, hellaswag_every=0, sample_every=60, save_every=30),
     "gpt2": Recipe(32, 2**19, 19_073, 715, 6e-4),
     "gpt2-medium": Recipe(16, 2**19, 19_073, 715, 3e-4),
     "gpt2-large": Recipe(8, 2**19, 19_073, 715, 2.5e-4),
@@ -78,45 +91,42 @@ def by_model(name: str, help: str, **metadata: object) -> Any:
 class TrainConfig:
     """What a run does. A field marked `fixed` alters its mathematics: a resumed run must keep it."""
 
-    model: str | None = flag(
-        None, "size of the network (default: gpt2 on a CUDA device, else debug)", choices=tuple(PRESETS), fixed=True
-    )
-    data_dir: str | None = flag(
-        None, f"directory of shards (default: {FULL_DATA}; for debug, where that is missing, {SAMPLE_DATA})"
-    )
+    model: str | None = flag(None, "default: gpt2 on a CUDA device, else debug", choices=tuple(PRESETS), fixed=True)
+    data_dir: str | None = flag(None, f"shards (default: {FULL_DATA}; for debug without it, {SAMPLE_DATA})")
     out_dir: str = flag("log", "directory of the checkpoints, log.jsonl and loss.png")
     resume: bool = flag(False, "go on from the newest checkpoint in out_dir, if there is one")
 
-    batch_size: int | None = by_model("batch_size", "sequences in a micro-batch; fewer if memory runs out")
-    block_size: int | None = flag(None, "tokens in a sequence (default: the model's, also the most)", fixed=True)
-    total_batch_size: int | None = by_model("total_batch_size", "tokens in an optimizer step", fixed=True)
-    initial_batch_size: int | None = flag(
-        None, "tokens in the first optimizer steps, and the unit by which they grow (default: no ramp)", fixed=True
-    )
-    batch_ramp_tokens: int = flag(0, "tokens over which steps grow to total_batch_size", fixed=True)
+    batch_size: int | None = by_model("batch_size", "sequences in a micro-batch; fewer if memory runs out", least=1)
+    block_size: int | None = flag(None, "tokens in a sequence (default: the model's, the most)", fixed=True, least=1)
+    total_batch_size: int | None = by_model("total_batch_size", "tokens in an optimizer step", fixed=True, least=1)
+    initial_batch_size: int | None = flag(None, "the same at first, and the unit of the ramp", fixed=True, least=1)
+    batch_ramp_tokens: int = flag(0, "tokens over which steps grow to total_batch_size; 0: no ramp", fixed=True)
     shuffle: bool = flag(False, "visit the rows in random order in the first epoch too", fixed=True)
     seed: int = flag(1337, "of the initial weights and the order of the rows", fixed=True)
 
-    max_steps: int | None = by_model("max_steps", "optimizer steps of the whole run")
+    max_steps: int | None = by_model("max_steps", "optimizer steps of the whole run", least=1)
     warmup_steps: int | None = by_model("warmup_steps", "optimizer steps of linear warm-up", fixed=True)
     max_lr: float | None = by_model("max_lr", "learning rate after warm-up", fixed=True)
-    min_lr: float | None = flag(None, "learning rate at the end of the cosine (default: a tenth of max_lr)", fixed=True)
+    min_lr: float | None = flag(None, "learning rate at the end (default: a tenth of max_lr)", fixed=True)
     optimizer: str = flag("adamw", "the optimizer", choices=("adamw",), fixed=True)
     beta1: float = flag(0.9, "decay of AdamW's mean of gradients", fixed=True)
     beta2: float = flag(0.95, "decay of AdamW's mean of squared gradients", fixed=True)
     weight_decay: float = flag(0.1, "of matrices; biases and norms have none", fixed=True)
-    grad_clip: float = flag(1.0, "largest norm of the gradient", fixed=True)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: any", fixed=True)
 
     eval_every: int | None = by_model("eval_every", "optimizer steps between validations; 0: none")
-    val_tokens: int = flag(20 * 2**19, "tokens from the start of the val shard to validate on, if it has as many")
+    val_tokens: int | None = by_model("val_tokens", "of the val shard's start, the tokens to validate on", least=1)
     hellaswag_every: int | None = by_model("hellaswag_every", "optimizer steps between HellaSwag scores; 0: none")
     sample_every: int | None = by_model("sample_every", "optimizer steps between samples of text; 0: none")
     save_every: int | None = by_model("save_every", "optimizer steps between checkpoints; 0: at the end only")
-    keep: int = flag(2, "newest checkpoints to keep")
+    keep: int = flag(2, "newest checkpoints to keep", least=1)
 
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
     dtype: str = flag("auto", "of autocast; auto: bfloat16 where the device computes it", choices=("auto", *DTYPES))
     compile: bool | None = flag(None, "compile the model (default: true on a CUDA device, else false)")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -145,9 +155,6 @@ def auto_dtype(device: torch.device) -> str:
 
 def validate(config: TrainConfig, processes: int) -> None:
     """Raise UsageError for settings that do not fit together."""
-    for name, least in LEAST.items():
-        if not getattr(config, name) >= least:  # nan is refused too
-            raise UsageError(f"--{name} must be at least {least}, not {getattr(config, name)}")
     if config.block_size > PRESETS[config.model].block_size:
         limit = PRESETS[config.model].block_size
         raise UsageError(f"--block_size {config.block_size} is beyond {config.model}'s: at most {limit}")
@@ -161,16 +168,10 @@ def validate(config: TrainConfig, processes: int) -> None:
         raise UsageError(f"--initial_batch_size {config.initial_batch_size} is more than --total_batch_size")
     if (config.initial_batch_size < config.total_batch_size) != (config.batch_ramp_tokens > 0):
         raise UsageError("--initial_batch_size and --batch_ramp_tokens make the ramp together: give both or neither")
+    if max(config.beta1, config.beta2) >= 1:
+        raise UsageError(f"--beta1 {config.beta1} and --beta2 {config.beta2} must be below 1")
     if config.min_lr > config.max_lr:
         raise UsageError(f"--min_lr {config.min_lr} is more than --max_lr {config.max_lr}")
-
-
-LEAST = {
-    **dict.fromkeys(("batch_size", "block_size", "total_batch_size", "initial_batch_size"), 1),
-    **dict.fromkeys(("max_steps", "val_tokens", "keep"), 1),
-    **dict.fromkeys(("batch_ramp_tokens", "warmup_steps", "seed", "min_lr", "grad_clip", "weight_decay"), 0),
-    **dict.fromkeys(("eval_every", "hellaswag_every", "sample_every", "save_every"), 0),
-}
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -251,6 +252,8 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
     if config.data_dir == SAMPLE_DATA:
         build_sample(world)
     manifest = fineweb.load_manifest(directory) or {}
+    if not manifest.get("complete", True):
+        raise DataError(f"the shards in --data_dir {directory} are not complete: run the same fineweb.py command again")
     listed = {shard["name"]: shard for shard in manifest.get("shards", [])}
     present = [path.name for path in directory.glob("*.npy") if fineweb.SHARD_NAME.fullmatch(path.name)]
     names = list(listed) or sorted(present, key=lambda name: name[-10:])  # by number: val comes first
@@ -306,21 +309,20 @@ class Batches:
         count = tokens // self.block_size
         if first + count > self.rows:
             epoch, first = epoch + 1, 0
-        rows = np.stack([self.row(row) for row in self.order(epoch)[first : first + count]])
+        numbers = np.arange(first, first + count)
+        if epoch > 0 or self.shuffle:
+            numbers = permutation(self.rows, self.seed, epoch)[numbers]
+        rows = np.stack([self.row(number) for number in numbers])
         return torch.from_numpy(rows.astype(np.int64)), (epoch * self.rows + first + count) * self.block_size
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch's rows."""
-        return permutation(self.rows, self.seed, epoch) if epoch or self.shuffle else np.arange(self.rows)
-
-    def row(self, row: int) -> np.ndarray:
+    def row(self, number: int) -> np.ndarray:
         """The tokens of a row and the one after it, from one shard or from several."""
-        start, stop = row * self.block_size, (row + 1) * self.block_size + 1
+        start, stop = number * self.block_size, (number + 1) * self.block_size + 1
         parts = []
-        for number in range(int(np.searchsorted(self.starts, start, side="right")) - 1, len(self.shards)):
-            begin = self.starts[number]
-            parts.append(read_tokens(self.shards[number], max(start - begin, 0), max(stop - begin, 0)))
-            if stop <= self.starts[number + 1]:
+        for shard in range(np.searchsorted(self.starts, start, side="right") - 1, len(self.shards)):
+            begin, end = self.starts[shard : shard + 2]
+            parts.append(read_tokens(self.shards[shard], max(start - begin, 0), stop - begin))
+            if stop <= end:
                 break
         return np.concatenate(parts)
 
@@ -414,7 +416,7 @@ def training_step(trainer: Trainer, rows: Tensor) -> tuple[float, float]:
     for group in trainer.optimizer.param_groups:
         group["lr"] = learning_rate(config, trainer.step)
     trainer.scaler.unscale_(trainer.optimizer)
-    norm = nn.utils.clip_grad_norm_(trainer.gpt.parameters(), config.grad_clip)
+    norm = nn.utils.clip_grad_norm_(trainer.gpt.parameters(), config.grad_clip or math.inf)
     if norm.isfinite():  # the norm of the reduced gradient, so every process decides alike
         trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
@@ -442,36 +444,33 @@ def validation_loss(trainer: Trainer, val: np.ndarray) -> float:
     return float(world.sum(torch.tensor(total, dtype=torch.float64))) / (count * T)
 
 
-def load_hellaswag(config: TrainConfig, world: World) -> list[hellaswag.Example]:
-    """This process's share of HellaSwag; without the file, a notice and nothing."""
-    if not config.hellaswag_every:
-        return []
-    if world.leader:
+def load_hellaswag(config: TrainConfig, world: World) -> list[hellaswag.Example] | None:
+    """This process's share of HellaSwag; without the file, a notice and None."""
+    available = torch.tensor(0)
+    if config.hellaswag_every and world.leader:
         try:
-            hellaswag.download()
+            available += hellaswag.download().exists()
         except (OSError, DataError) as error:
             world.print(f"HellaSwag is left out: {error}")
-    world.wait()
-    return hellaswag.load(hellaswag.FILE)[world.rank :: world.size] if hellaswag.FILE.exists() else []
+    return hellaswag.load(hellaswag.FILE)[world.rank :: world.size] if world.sum(available) else None
 
 
-def evaluate(trainer: Trainer, log: Log, shards: Shards, examples: list[hellaswag.Example]) -> None:
-    """Whatever is due at this step: validation loss, HellaSwag, samples."""
-    config, world, step = trainer.config, trainer.world, trainer.step
+def evaluate(trainer: Trainer, log: Log, shards: Shards, examples: list[hellaswag.Example] | None) -> None:
+    """Whatever is due at this step: validation loss, HellaSwag, samples, the picture."""
+    config, world, step = trainer.config, trainer.world, f"step {trainer.step:5d}"
     if due(config.eval_every, trainer):
         loss, unigram = validation_loss(trainer, shards.val), format_or_na(shards.unigram_loss, ".4f")
-        log.write(f"step {step:5d} | validation loss {loss:.4f} (unigram {unigram})", step=step, val_loss=loss)
-    if examples and due(config.hellaswag_every, trainer):
+        log.write(f"{step} | validation loss {loss:.4f} (unigram {unigram})", step=trainer.step, val_loss=loss)
+    if examples is not None and due(config.hellaswag_every, trainer):
         with trainer.autocast():
             correct = world.sum(hellaswag.count_correct(trainer.gpt, examples))
-        total = int(world.sum(torch.tensor(len(examples))))
-        acc, acc_norm = (correct / total).tolist()
-        text = f"step {step:5d} | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}"
-        log.write(text, step=step, hellaswag_acc=acc, hellaswag_acc_norm=acc_norm)
+        acc, acc_norm = (correct / world.sum(torch.tensor(len(examples)))).tolist()
+        text = f"{step} | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}"
+        log.write(text, step=trainer.step, hellaswag_acc=acc, hellaswag_acc_norm=acc_norm)
     if world.leader and due(config.sample_every, trainer):
         with trainer.autocast():
             texts = sample.complete(trainer.gpt, sample.SampleConfig(max_new_tokens=32, seed=config.seed))
-        world.print("".join(f"> {text!r}\n" for text in texts))
+        world.print("\n".join(f"{step} | {text!r}" for text in texts))
     if world.leader and due(config.eval_every, trainer):
         plot.draw(Path(config.out_dir))
 
@@ -511,13 +510,9 @@ def save_checkpoint(trainer: Trainer, data: list[list]) -> None:
     shutil.rmtree(final, ignore_errors=True)  # only one that was found damaged can be there
     os.replace(temporary, final)
     flush(out_dir)
-    for old in checkpoints(out_dir)[trainer.config.keep :]:
-        shutil.rmtree(old)
-
-
-def write_json(path: Path, content: object) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    older = [path for path in checkpoints(out_dir) if path.name < final.name]
+    for path in older[trainer.config.keep - 1 :]:
+        shutil.rmtree(path)
 
 
 def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -567,14 +562,15 @@ def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: li
     torch.set_rng_state(tensors["random.cpu"])
     if world.device.type == "cuda" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], world.device)
-    trainer.scaler.load_state_dict(state["scaler"]) if trainer.scaler.is_enabled() and state["scaler"] else None
+    if trainer.scaler.is_enabled() and state["scaler"]:
+        trainer.scaler.load_state_dict(state["scaler"])
     trainer.step, trainer.position = state["step"], state["position"]
     return trainer
 
 
 def refuse_changes(state: dict, config: TrainConfig, data: list[list]) -> None:
     """Raise UsageError if the resumed run would not be the one that was stopped."""
-    before = TrainConfig(**{name: value for name, value in state["config"].items()})
+    before = TrainConfig(**state["config"])
     for field in fields(TrainConfig):
         old, new = getattr(before, field.name), getattr(config, field.name)
         if field.metadata.get("fixed") and old != new:
@@ -595,13 +591,9 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "V100": 125e12,
-    "T4": 65e12,
 }
 
 
@@ -611,12 +603,14 @@ class Log:
     def __init__(self, path: Path, world: World, step: int) -> None:
         self.path, self.world = path, world
         if world.leader:
-            kept = [record for record in plot.read_log(path) if record["step"] <= step] if step else []
+            records = plot.read_log(path) if step and path.exists() else []
+            kept = [record for record in records if record["step"] <= step]
             with replacing(path) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
     def write(self, text: str, **record: object) -> None:
-        """Append a record, and print its text."""
+        """Append a record, and print its text; JSON has no number that is not finite, so such a one becomes null."""
+        record = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         if self.world.leader:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

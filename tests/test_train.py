@@ -290,6 +290,20 @@ def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
     assert not list((tmp_path / "log").glob(".*"))
 
 
+def test_a_damaged_newer_checkpoint_never_costs_a_good_one(config, tmp_path):
+    train(replace(config, save_every=4))
+    (tmp_path / "log" / "step_000008" / "model.safetensors").write_bytes(b"")
+    train(replace(config, save_every=3, max_steps=8, keep=1, resume=True))
+    assert train_gpt2.damage(tmp_path / "log" / "step_000008") is None
+    assert [path.name for path in train_gpt2.checkpoints(tmp_path / "log")] == ["step_000008"]
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_log(tmp_path):
+    train_gpt2.Log(tmp_path / "log.jsonl", ALONE, 0).write("", step=1, loss=math.nan, norm=math.inf, lr=0.1)
+    assert plot.read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": None, "norm": None, "lr": 0.1}]
+    plot.draw(tmp_path)
+
+
 def test_the_validation_loss_does_not_depend_on_the_micro_batch(config):
     config = train_gpt2.resolve(config, CPU)
     val = np.load(f"{config.data_dir}/edufineweb_val_000000.npy")
