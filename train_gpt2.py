@@ -510,7 +510,7 @@ def save_checkpoint(trainer: Trainer, data: list[list]) -> None:
     shutil.rmtree(final, ignore_errors=True)  # only one that was found damaged can be there
     os.replace(temporary, final)
     flush(out_dir)
-    older = [path for path in checkpoints(out_dir) if path.name < final.name]
+    older = [path for path in checkpoints(out_dir) if int(path.name[5:]) < step]
     for path in older[trainer.config.keep - 1 :]:
         shutil.rmtree(path)
 

@@ -212,7 +212,16 @@ def test_a_run_learns_and_leaves_a_checkpoint_a_log_and_a_picture(config, tmp_pa
     }
     printed = capsys.readouterr().out
     decayed = sum(w.numel() for w in GPT(GPTConfig(16, n_layer=2, n_head=2, n_embd=16)).parameters() if w.dim() > 1)
-    for words in ("cpu", "float32", "4 accumulation steps", f"{decayed:,}", "10.8258", "--model", "n/a", "> "):
+    for words in (
+        "cpu",
+        "float32",
+        "4 accumulation steps",
+        f"{decayed:,}",
+        "10.8258",
+        "--model",
+        "n/a",
+        "Hello, I'm a",
+    ):
         assert words in printed, words
 
 
