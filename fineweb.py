@@ -55,7 +55,7 @@ class FinewebConfig:
     out: str | None = flag(None, "directory of the shards (default: edu_fineweb10B, or sample_shards with --sample)")
     shard_size: int | None = flag(None, "tokens in a shard (default: 100000000, or 65536 with --sample)", least=1)
     max_tokens: int | None = flag(None, "stop after this many tokens (default: at the end of the source)", least=1)
-    workers: int = flag(os.cpu_count() or 1, "processes that encode", least=1)
+    workers: int | None = flag(None, "processes that encode (default: as many as there are processors)", least=1)
 
     def __post_init__(self) -> None:
         if self.sample and self.input:
@@ -391,7 +391,7 @@ def build(config: FinewebConfig) -> dict:
     done = sum(shard["tokens"] for shard in shards)
     limit = config.max_tokens - done if config.max_tokens else math.inf
     start = Position(**shards[-1]["next"]) if shards else Position()
-    pieces = encode_batches(read_batches(source, start), config.workers)
+    pieces = encode_batches(read_batches(source, start), config.workers or os.cpu_count() or 1)
     with tqdm(total=config.max_tokens, initial=done, unit=" tokens", unit_scale=True, disable=None) as bar:
         for tokens, following in cut(counted(pieces, bar), size, limit, start.token):
             if not shards and following is None:

@@ -83,23 +83,27 @@ RECIPES = {
 
 def by_model(name: str, help: str, **metadata: object) -> Any:
     """Declare a flag whose default is the recipe's."""
-    defaults = ", ".join(f"{model} {getattr(recipe, name)}" for model, recipe in RECIPES.items())
-    return flag(None, f"{help} (default: {defaults})", **metadata)
+    defaults = {model: getattr(recipe, name) for model, recipe in RECIPES.items()}
+    if len(set(defaults.values())) <= 2:
+        defaults = {"debug": defaults["debug"], "others": defaults["gpt2"]}
+    return flag(None, f"{help} (default: {', '.join(f'{m} {v}' for m, v in defaults.items())})", **metadata)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What a run does. A field marked `fixed` alters its mathematics: a resumed run must keep it."""
 
-    model: str | None = flag(None, "default: gpt2 on a CUDA device, else debug", choices=tuple(PRESETS), fixed=True)
-    data_dir: str | None = flag(None, f"shards (default: {FULL_DATA}; for debug without it, {SAMPLE_DATA})")
+    model: str | None = flag(
+        None, "size (default: gpt2 on a CUDA device, else debug)", choices=tuple(PRESETS), fixed=True
+    )
+    data_dir: str | None = flag(None, f"of shards (default: {FULL_DATA}; for debug without it, {SAMPLE_DATA})")
     out_dir: str = flag("log", "directory of the checkpoints, log.jsonl and loss.png")
     resume: bool = flag(False, "go on from the newest checkpoint in out_dir, if there is one")
 
     batch_size: int | None = by_model("batch_size", "sequences in a micro-batch; fewer if memory runs out", least=1)
     block_size: int | None = flag(None, "tokens in a sequence (default: the model's, the most)", fixed=True, least=1)
     total_batch_size: int | None = by_model("total_batch_size", "tokens in an optimizer step", fixed=True, least=1)
-    initial_batch_size: int | None = flag(None, "the same at first, and the unit of the ramp", fixed=True, least=1)
+    initial_batch_size: int | None = flag(None, "the same at first, and the ramp's unit", fixed=True, least=1)
     batch_ramp_tokens: int = flag(0, "tokens over which steps grow to total_batch_size; 0: no ramp", fixed=True)
     shuffle: bool = flag(False, "visit the rows in random order in the first epoch too", fixed=True)
     seed: int = flag(1337, "of the initial weights and the order of the rows", fixed=True)
@@ -115,7 +119,7 @@ class TrainConfig:
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: any", fixed=True)
 
     eval_every: int | None = by_model("eval_every", "optimizer steps between validations; 0: none")
-    val_tokens: int | None = by_model("val_tokens", "of the val shard's start, the tokens to validate on", least=1)
+    val_tokens: int | None = by_model("val_tokens", "tokens of the val shard to validate on, at most", least=1)
     hellaswag_every: int | None = by_model("hellaswag_every", "optimizer steps between HellaSwag scores; 0: none")
     sample_every: int | None = by_model("sample_every", "optimizer steps between samples of text; 0: none")
     save_every: int | None = by_model("save_every", "optimizer steps between checkpoints; 0: at the end only")

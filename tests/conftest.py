@@ -1,7 +1,7 @@
 import os
 
 # before torch is imported: two processes on two cores crawl if each starts two threads
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import random

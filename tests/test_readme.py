@@ -1,0 +1,27 @@
+"""README's tables of flags are those of the scripts."""
+
+import dataclasses
+import re
+
+import pytest
+from conftest import ROOT
+from test_scripts import SCRIPTS
+
+HEADING = "### `{}`\n"
+
+
+def table(config_class):
+    """The table of flags that README holds for a script."""
+    lines = ["| flag | meaning | default |", "|---|---|---|"]
+    for field in dataclasses.fields(config_class):
+        text, _, default = field.metadata["help"].partition(" (default: ")
+        name = field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
+        shown = default.rstrip(")") if default else ("" if field.default in (None, ()) else f"`{field.default}`")
+        lines.append(f"| `{name}` | {text} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_readme_shows_the_flags_as_they_are(name):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(HEADING.format(name))[1]
+    assert re.split(r"\n(?=#)", section)[0].strip() == table(SCRIPTS[name]).strip()
