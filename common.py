@@ -61,6 +61,8 @@ def flag_options(field: dataclasses.Field, annotation: typing.Any) -> dict[str, 
         options.update(nargs="+")
     elif kind is bool:
         options.update(nargs="?", const=True, type=boolean, metavar="true|false")
+    elif field.metadata.get("positional"):
+        options.update(nargs="?")
     shown = "" if field.default in (None, ()) else f" (default: {field.default})"
     return options | {"help": (field.metadata["help"] + shown).replace("%", "%%")}
 
@@ -74,7 +76,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse_flags(config_class: type[Config], argv: list[str] | None, description: str | None) -> Config:
     """Read the flags into the dataclass; an unknown or abbreviated one is an error that suggests the right one."""
-    parser = Parser(description=description, allow_abbrev=False)
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    parser = Parser(usage="%(prog)s [flags]", description=description, formatter_class=keep_lines, allow_abbrev=False)
     annotations = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         name = field.name if field.metadata.get("positional") else f"--{field.name}"

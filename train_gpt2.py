@@ -93,9 +93,7 @@ def by_model(name: str, help: str, **metadata: object) -> Any:
 class TrainConfig:
     """What a run does. A field marked `fixed` alters its mathematics: a resumed run must keep it."""
 
-    model: str | None = flag(
-        None, "size (default: gpt2 on a CUDA device, else debug)", choices=tuple(PRESETS), fixed=True
-    )
+    model: str | None = flag(None, "size (default: gpt2 on a CUDA device, else debug)", choices=[*PRESETS], fixed=True)
     data_dir: str | None = flag(None, f"of shards (default: {FULL_DATA}; for debug without it, {SAMPLE_DATA})")
     out_dir: str = flag("log", "directory of the checkpoints, log.jsonl and loss.png")
     resume: bool = flag(False, "go on from the newest checkpoint in out_dir, if there is one")
@@ -112,7 +110,7 @@ class TrainConfig:
     warmup_steps: int | None = by_model("warmup_steps", "optimizer steps of linear warm-up", fixed=True)
     max_lr: float | None = by_model("max_lr", "learning rate after warm-up", fixed=True)
     min_lr: float | None = flag(None, "learning rate at the end (default: a tenth of max_lr)", fixed=True)
-    optimizer: str = flag("adamw", "the optimizer", choices=("adamw",), fixed=True)
+    optimizer: str = flag("adamw", "the optimizer", choices=["adamw"], fixed=True)
     beta1: float = flag(0.9, "decay of AdamW's mean of gradients", fixed=True)
     beta2: float = flag(0.95, "decay of AdamW's mean of squared gradients", fixed=True)
     weight_decay: float = flag(0.1, "of matrices; biases and norms have none", fixed=True)
@@ -126,7 +124,7 @@ class TrainConfig:
     keep: int = flag(2, "newest checkpoints to keep", least=1)
 
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
-    dtype: str = flag("auto", "of autocast; auto: bfloat16 where the device computes it", choices=("auto", *DTYPES))
+    dtype: str = flag("auto", "of autocast; auto: bfloat16 where the device computes it", choices=["auto", *DTYPES])
     compile: bool | None = flag(None, "compile the model (default: true on a CUDA device, else false)")
 
     def __post_init__(self) -> None:
