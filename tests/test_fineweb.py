@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from collections import Counter
 
@@ -138,24 +139,26 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("moment", range(1, 9))
-def test_an_interrupted_build_ends_in_the_same_bytes(tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize("moment", range(1, 10))
+@pytest.mark.parametrize("renamed", [False, True])
+def test_an_interrupted_build_ends_in_the_same_bytes(tmp_path, monkeypatch, moment, renamed):
     write_jsonl(tmp_path / "a.jsonl", STRANGE[:5])
     write_jsonl(tmp_path / "b.jsonl", STRANGE[4:] * 2)
     flags = ["--input", "a.jsonl", "b.jsonl", "--shard_size", 1500]
     build(*flags, "--out", "whole")
-    replace, calls = fineweb.replacing, []
+    replace, calls = os.replace, []
 
-    def interrupting(path):
-        calls.append(path)
-        if len(calls) == moment:
+    def interrupting(source, target):
+        calls.append(target)
+        if len(calls) < moment or renamed:
+            replace(source, target)
+        if len(calls) == moment:  # just before, or just after, the moment-th file gets its name
             raise Interrupted
-        return replace(path)
 
-    monkeypatch.setattr(fineweb, "replacing", interrupting)  # before the moment-th file gets its name
+    monkeypatch.setattr(os, "replace", interrupting)
     with pytest.raises(Interrupted):
         build(*flags, "--out", "torn")
-    monkeypatch.setattr(fineweb, "replacing", replace)
+    monkeypatch.setattr(os, "replace", replace)
     build(*flags, "--out", "torn")
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "torn" / path.name).read_bytes(), path.name
