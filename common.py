@@ -28,21 +28,24 @@ class DataError(ValueError):
     """A file's content cannot be used: the script ends with status 1."""
 
 
+required = dataclasses.MISSING
+
+
 def flag(default: object, help: str, **metadata: object) -> typing.Any:
     """Declare a dataclass field that is also a flag; where the default is None, the help text says what follows.
 
-    In the metadata, `choices` are argparse's, `least` is the smallest number allowed (0 unless it is given), and
-    `positional` drops the dashes.
+    A default of `required` makes it one that must be given. In the metadata, `choices` are argparse's, and
+    `least` is the smallest number allowed (0 unless it is given).
     """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 def check_bounds(config: object) -> None:
-    """Raise UsageError for a number that is less than its field's `least`."""
+    """Raise UsageError for a number that is less than its field's `least`, or beyond all use."""
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), field.metadata.get("least", 0)
-        if isinstance(value, int | float) and not value >= least:  # nan is refused too
-            raise UsageError(f"--{field.name} must be at least {least}, not {value}")
+        if isinstance(value, int | float) and not least <= value < 2**63:  # nan is refused too
+            raise UsageError(f"--{field.name} must be a number from {least} on, not {value}")
 
 
 def boolean(text: str) -> bool:
@@ -61,9 +64,7 @@ def flag_options(field: dataclasses.Field, annotation: typing.Any) -> dict[str, 
         options.update(nargs="+")
     elif kind is bool:
         options.update(nargs="?", const=True, type=boolean, metavar="true|false")
-    elif field.metadata.get("positional"):
-        options.update(nargs="?")
-    shown = "" if field.default in (None, ()) else f" (default: {field.default})"
+    shown = "" if field.default in (None, (), required) else f" (default: {field.default})"
     return options | {"help": (field.metadata["help"] + shown).replace("%", "%%")}
 
 
@@ -80,15 +81,17 @@ def parse_flags(config_class: type[Config], argv: list[str] | None, description:
     parser = Parser(usage="%(prog)s [flags]", description=description, formatter_class=keep_lines, allow_abbrev=False)
     annotations = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        name = field.name if field.metadata.get("positional") else f"--{field.name}"
-        parser.add_argument(name, **flag_options(field, annotations[field.name]))
+        parser.add_argument(f"--{field.name}", **flag_options(field, annotations[field.name]))
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        typed = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        typed = unknown[0].split("=")[0].lstrip("-").replace("-", "_").lower()
         close = [name for name in annotations if name.startswith(typed)]
         close += difflib.get_close_matches(typed, annotations)
         hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
         parser.error(f"unknown argument {unknown[0]}: {hint}")
+    for field in dataclasses.fields(config_class):
+        if getattr(values, field.name) is required:
+            parser.error(f"--{field.name} is required: {field.metadata['help']}")
     return config_class(**vars(values))
 
 
@@ -107,23 +110,30 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise UsageError(f"--device {name} is not available here: choose from {[k for k, v in available.items() if v]}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UsageError(f"{device} does not exist: there are {torch.cuda.device_count()} GPUs")
+    last = max(device.index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1) if device.type == "cuda" else 0
+    if device.type == "cuda" and last >= torch.cuda.device_count():
+        raise UsageError(f"cuda:{last} does not exist: this machine has {torch.cuda.device_count()} GPUs")
     return device
 
 
 def run(main: Callable[[], object]) -> typing.NoReturn:
-    """Run a script's main; a user's mistake ends in one line, printed once where torchrun started several processes."""
+    """Run a script's main; a user's mistake ends in one line.
+
+    Where torchrun started several processes, a wrong flag is the same for all, so the first of a machine says it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end a run
+    rank, first = os.environ.get("RANK"), os.environ.get("LOCAL_RANK", "0") == "0"
     status, message = 0, ""
     try:
         main()
     except UsageError as error:
-        status, message = 2, str(error)
-    except (DataError, OSError) as error:
-        status, message = 1, str(error)
+        status, message = 2, str(error) if first else ""
+    except (DataError, OSError, MemoryError) as error:
+        status, message = 1, str(error) if rank is None else f"{error} (rank {rank})"
     except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    if message and os.environ.get("LOCAL_RANK", "0") == "0":
+        status, message = 130, "interrupted" if first else ""
+    if message:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(status)
 

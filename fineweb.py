@@ -11,6 +11,8 @@ across shards. Run again after an interruption, the same command goes on after t
 from __future__ import annotations
 
 import ast
+import contextlib
+import fcntl
 import glob
 import json
 import math
@@ -30,7 +32,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -75,10 +77,10 @@ class FinewebConfig:
 
 
 class Source(NamedTuple):
-    """Files of documents in a fixed order, each a function that reads it, and what identifies them in the manifest."""
+    """What identifies a source in the manifest, and how to open it: a function for each file, in a fixed order."""
 
     identity: dict[str, object]
-    files: list[Callable[[], Iterable[Texts]]]
+    open: Callable[[], list[Callable[[], Iterable[Texts]]]]
 
 
 def open_source(config: FinewebConfig) -> Source:
@@ -96,11 +98,12 @@ def sample_source() -> Source:
     modules = [library / f"{name}.py" for name in sorted(sys.stdlib_module_names)]
     for name in sorted(sys.stdlib_module_names):
         modules += sorted((library / name).rglob("*.py"))
-    modules = [path for path in modules if path.is_file() and not {"test", "tests", "idle_test"} & set(path.parts)]
+    tests = {"test", "tests", "idle_test"}
+    modules = [path for path in modules if path.is_file() and not tests & set(path.relative_to(library).parts)]
     documents = [topics[name] for name in sorted(topics)] + [docstrings(path) for path in modules]
     documents = [text for text in documents if text]
     random.Random(0).shuffle(documents)  # so that the val shard is like the others
-    return Source({"sample": f"the documentation of Python {platform.python_version()}"}, [lambda: [documents]])
+    return Source({"sample": f"the documentation of Python {platform.python_version()}"}, lambda: [lambda: [documents]])
 
 
 def docstrings(path: Path) -> str:
@@ -112,44 +115,49 @@ def docstrings(path: Path) -> str:
 
 
 def local_source(config: FinewebConfig) -> Source:
-    """The files that --input names; a glob's in the order of their names."""
-    paths: list[Path] = []
-    for pattern in config.input:
-        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        paths += map(Path, found)
-        if not found:
-            raise UsageError(f"--input {pattern}: no such file")
+    """The files that --input names, each once; a glob's in the order of their names."""
+    found = [sorted(glob.glob(name, recursive=True)) if not Path(name).exists() else [name] for name in config.input]
+    for name, names in zip(config.input, found, strict=True):
+        if not names:
+            raise UsageError(f"--input {name}: no such file")
+    paths = list(dict.fromkeys(Path(name) for names in found for name in names))
     for path in paths:
-        if path.suffix not in READERS:
-            raise UsageError(f"--input {path}: the name must end in one of {', '.join(READERS)}")
-    identity = {"files": [[path.name, path.stat().st_size] for path in paths], "text_column": config.text_column}
-    return Source(identity, [partial(READERS[path.suffix], path, config.text_column) for path in paths])
+        if path.suffix not in READERS or not path.is_file():
+            raise UsageError(f"--input {path}: give files whose names end in {', '.join(READERS)}")
+    identity = {"files": [[path.name, sha256(path)] for path in paths], "text_column": config.text_column}
+    return Source(identity, lambda: [partial(READERS[path.suffix], path, config.text_column) for path in paths])
 
 
 def hub_source(config: FinewebConfig) -> Source:
     """The train files of a data set on the Hub, each downloaded to the cache of `datasets` when its turn comes."""
-    import datasets
-    from huggingface_hub.utils import logging
+    identity = {name: getattr(config, name) for name in ("dataset", "name", "revision", "text_column")}
 
-    logging.set_verbosity_error()  # of its retries; what they come to is said below
-    try:
-        builder = datasets.load_dataset_builder(config.dataset, config.name, revision=config.revision)
-        urls = list(builder.config.data_files["train"])
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot list --dataset {config.dataset} --name {config.name}: {error}; {HUB_REMEDY}") from None
-
-    def read(url: str) -> Iterable[Texts]:
+    def attempt(what: str, step: Callable[[], Any]) -> Any:
         try:
-            path = Path(datasets.DownloadManager().download(url))
-        except OSError as error:
-            raise DataError(f"cannot download {url}: {error}; {HUB_REMEDY}") from None
+            return step()
+        except Exception as error:  # the libraries below promise no particular ones
+            remedy = "run the same command again to go on from here, or give local files with --input"
+            raise DataError(
+                f"cannot {what}: {' '.join(str(error).split()) or type(error).__name__}; {remedy}"
+            ) from None
+
+    def open_files() -> list[Callable[[], Iterable[Texts]]]:
+        import datasets
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()  # of its retries; what they come to is said above
+        listing = f"list --dataset {config.dataset} --name {config.name} at --revision {config.revision}"
+        load = partial(datasets.load_dataset_builder, config.dataset, config.name, revision=config.revision)
+        builder = attempt(listing, load)
+        return [partial(read, url, datasets.DownloadManager()) for url in builder.config.data_files["train"]]
+
+    def read(url: str, manager: Any) -> Iterable[Texts]:
+        if Path(url).suffix not in READERS:
+            raise DataError(f"{url}: this program reads {', '.join(READERS)}; convert it, and give it with --input")
+        path = Path(attempt(f"download {url}", partial(manager.download, url)))
         return READERS[Path(url).suffix](path, config.text_column)
 
-    identity = {name: getattr(config, name) for name in ("dataset", "name", "revision", "text_column")}
-    return Source(identity, [partial(read, url) for url in urls])
-
-
-HUB_REMEDY = "run the same command again to go on from here, or give local files with --input"
+    return Source(identity, open_files)
 
 
 def read_parquet(path: Path, column: str) -> Iterator[Texts]:
@@ -163,29 +171,27 @@ def read_parquet(path: Path, column: str) -> Iterator[Texts]:
                 raise DataError(f"{path} has no column {column!r}: choose --text_column from {file.schema_arrow.names}")
             for rows in file.iter_batches(DOCUMENTS_AT_ONCE, columns=[column]):
                 yield checked(rows.column(0).to_pylist(), path, column)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path} is not a whole parquet file ({error}): get it again") from None
 
 
 def read_jsonl(path: Path, column: str) -> Iterator[Texts]:
-    """The texts of a file with one JSON object a line."""
-    texts: Texts = []
+    """The texts of a file with one JSON object a line; blank lines are passed over."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
-                texts += checked([json.loads(line)[column]], path, column)
-            except (ValueError, TypeError, KeyError) as error:
+                text = json.loads(line)[column]
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: no JSON object with the text {column!r} ({error})") from None
-            if len(texts) == DOCUMENTS_AT_ONCE:
-                yield texts
-                texts = []
-    yield texts
+            yield checked([text], path, column)
 
 
 def read_txt(path: Path, column: str) -> Iterator[Texts]:
     """A whole text file as one document."""
     try:
-        yield [path.read_bytes().decode("utf-8")]
+        yield [path.read_bytes().decode("utf-8-sig")]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it first") from None
 
@@ -205,7 +211,7 @@ def checked(texts: list[object], path: Path, column: str) -> Texts:
 
 
 class Position(NamedTuple):
-    """A place in a source: a file, a document of it, a token of that (its end-of-text token being number 0)."""
+    """A place in a source: a file, a document of it (nulls not counted), a token (0 is its end-of-text token)."""
 
     file: int = 0
     document: int = 0
@@ -213,29 +219,33 @@ class Position(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Encoded documents of one file: their tokens end to end, and how many each has."""
+    """The tokens of some documents of one file, and the place of the first; each begins with the only 50256 in it."""
 
     start: Position
     tokens: np.ndarray
-    lengths: np.ndarray
 
     def position(self, index: int) -> Position:
         """Where in the source tokens[index] lies."""
-        ends = np.cumsum(self.lengths)
-        document = int(np.searchsorted(ends, index, side="right"))
-        token = index - int(ends[document] - self.lengths[document])
-        return Position(self.start.file, self.start.document + document, token)
+        begins = np.flatnonzero(self.tokens[: index + 1] == END_OF_TEXT)
+        return Position(self.start.file, self.start.document + len(begins) - 1, index - int(begins[-1]))
 
 
-def read_batches(source: Source, start: Position) -> Iterator[tuple[Position, Texts]]:
-    """The source's documents from `start` on, with the place of the first of each batch."""
-    for file in range(start.file, len(source.files)):
-        document = 0
-        for texts in source.files[file]():
-            passed = min(max(start.document - document, 0), len(texts)) if file == start.file else 0
-            if passed < len(texts):
-                yield Position(file, document + passed), texts[passed:]
-            document += len(texts)
+def read_batches(source: Source, start: Position) -> Iterator[tuple[Position, list[str]]]:
+    """The source's documents from that of `start` on, in batches, with the place where each batch begins."""
+    for file, read in list(enumerate(source.open()))[start.file :]:
+        first = start.document if file == start.file else 0
+        batch, document = [], 0
+        for texts in read():
+            for text in texts:
+                if text is not None:
+                    document += 1
+                    if document > first:
+                        batch.append(text)
+            if len(batch) >= DOCUMENTS_AT_ONCE:
+                yield Position(file, document - len(batch)), batch
+                batch = []
+        if batch:
+            yield Position(file, document - len(batch)), batch
 
 
 def encode_text(text: str) -> np.ndarray:
@@ -246,13 +256,13 @@ def encode_text(text: str) -> np.ndarray:
         return np.array(encoding().encode_ordinary(text))  # which knows what to do with half a surrogate pair
 
 
-def encode_batch(start: Position, texts: Texts) -> Piece:
-    """Encode documents, each after an end-of-text token; a null one has no tokens, an empty one that token alone."""
-    documents = [[] if text is None else np.append(np.uint16(END_OF_TEXT), encode_text(text)) for text in texts]
-    return Piece(start, np.concatenate(documents).astype(np.uint16), np.array([len(tokens) for tokens in documents]))
+def encode_batch(start: Position, texts: list[str]) -> Piece:
+    """Encode documents, each after an end-of-text token; an empty one is that token alone."""
+    tokens = np.concatenate([part for text in texts for part in ([END_OF_TEXT], encode_text(text))])
+    return Piece(start, tokens.astype(np.uint16))
 
 
-def encode_batches(batches: Iterator[tuple[Position, Texts]], workers: int) -> Iterator[Piece]:
+def encode_batches(batches: Iterator[tuple[Position, list[str]]], workers: int) -> Iterator[Piece]:
     """Encode batches in parallel processes, a few ahead, in order."""
     if workers == 1:
         yield from (encode_batch(*batch) for batch in batches)
@@ -278,7 +288,9 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def cut(pieces: Iterable[Piece], size: int, limit: float, skip: int) -> Iterator[tuple[np.ndarray, Position | None]]:
+def cut(
+    pieces: Iterable[Piece], size: int, limit: float, skip: int, progress: Callable[[int], object]
+) -> Iterator[tuple[np.ndarray, Position | None]]:
     """Cut the tokens, after the first `skip` and up to `limit` of them, into arrays of `size`, the last one shorter.
 
     With each comes the place of the token after it, None after the last. The array is filled anew for the next.
@@ -286,8 +298,8 @@ def cut(pieces: Iterable[Piece], size: int, limit: float, skip: int) -> Iterator
     buffer, filled = np.empty(size, dtype=np.uint16), 0
     for piece in pieces:
         taken, end = skip, int(min(len(piece.tokens), skip + limit))
-        limit -= end - taken
-        skip = 0
+        limit, skip = limit - (end - taken), 0
+        progress(end - taken)
         while taken < end:
             if filled == size:
                 yield buffer, piece.position(taken)
@@ -309,17 +321,33 @@ def shard_name(number: int) -> str:
 
 
 def load_manifest(directory: Path) -> dict | None:
-    """The manifest beside the shards, if there is one."""
+    """The manifest beside the shards, if there is one; raises DataError where it is damaged."""
     path = directory / "manifest.json"
     if not path.exists():
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        shards = [(shard["name"], int(shard["tokens"]), shard["sha256"]) for shard in manifest["shards"]]
-        assert all(SHARD_NAME.fullmatch(name) for name, _, _ in shards) and isinstance(manifest["complete"], bool)
-    except (ValueError, TypeError, KeyError, AssertionError):
+        for number, shard in enumerate(manifest["shards"]):
+            last = manifest["complete"] and number == len(manifest["shards"]) - 1
+            after = None if last else Position(**shard["next"])
+            if shard["name"] != shard_name(number) or int(shard["tokens"]) < 1 or (last and shard["next"] != after):
+                raise ValueError(shard["name"])
+        if manifest["complete"]:
+            float(manifest["unigram_loss"]), int(manifest["tokens"]), int(manifest["documents"])
+    except (ValueError, TypeError, KeyError):
         raise DataError(f"{path} is damaged: delete {directory} and build it again") from None
     return manifest
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Wait until no other process writes the directory; the lock goes when its holder ends, however it ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def open_manifest(directory: Path, settings: dict) -> dict:
@@ -378,22 +406,29 @@ def build(config: FinewebConfig) -> dict:
     Raises UsageError for settings other than that run's or a source that fills no second shard, DataError for a source
     or a shard that cannot be read.
     """
-    directory, size = config.directory, config.tokens_per_shard
-    source = open_source(config)
-    settings = {"source": source.identity, "vocabulary": "gpt2", "shard_size": size, "max_tokens": config.max_tokens}
-    manifest = open_manifest(directory, settings)
-    if manifest["complete"]:
-        return manifest
+    directory, source = config.directory, open_source(config)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "manifest.json", manifest)  # a shard without a manifest would be taken for somebody else's
-    shards = manifest["shards"]
+    with locked(directory):
+        settings = {"source": source.identity, "vocabulary": "gpt2", "shard_size": config.tokens_per_shard}
+        manifest = open_manifest(directory, settings | {"max_tokens": config.max_tokens})
+        if not manifest["complete"]:
+            write_shards(config, source, manifest)
+        return manifest
+
+
+def write_shards(config: FinewebConfig, source: Source, manifest: dict) -> None:
+    """Write the shards that the manifest lacks, and bring it up to date after each."""
+    directory, size, shards = config.directory, config.tokens_per_shard, manifest["shards"]
+    write_json(directory / "manifest.json", manifest)  # a shard without one would be taken for somebody else's
     counts = [count_tokens(read_shard(directory / shard["name"], shard)) for shard in shards]
     done = sum(shard["tokens"] for shard in shards)
     limit = config.max_tokens - done if config.max_tokens else math.inf
     start = Position(**shards[-1]["next"]) if shards else Position()
     pieces = encode_batches(read_batches(source, start), config.workers or os.cpu_count() or 1)
     with tqdm(total=config.max_tokens, initial=done, unit=" tokens", unit_scale=True, disable=None) as bar:
-        for tokens, following in cut(counted(pieces, bar), size, limit, start.token):
+        for tokens, following in cut(pieces, size, limit, start.token, bar.update):
+            if not shards and len(tokens) == 1 and following is None:
+                break  # an empty document
             if not shards and following is None:
                 raise UsageError(f"--shard_size {size} takes all {len(tokens)} tokens into one shard: choose a smaller")
             counts.append(count_tokens(tokens))
@@ -403,14 +438,6 @@ def build(config: FinewebConfig) -> dict:
             write_json(directory / "manifest.json", manifest)
     if not manifest["complete"]:
         raise DataError("the source holds no text")
-    return manifest
-
-
-def counted(pieces: Iterable[Piece], bar: tqdm) -> Iterator[Piece]:
-    """Pass pieces on, moving the bar by their tokens."""
-    for piece in pieces:
-        bar.update(len(piece.tokens))
-        yield piece
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import shutil
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import DataError, UsageError, check_bounds, choose_device, flag, parse_flags, replacing, run, sha256
+from common import DataError, check_bounds, choose_device, flag, parse_flags, replacing, required, run, sha256
 from model import GPT
 from tokenizer import encode
 
@@ -34,14 +35,12 @@ BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class HellaswagConfig:
-    model: str | None = flag(None, "checkpoint directory to score (required)")
+    model: str = flag(required, "checkpoint directory to score")
     data: str | None = flag(None, f"file of examples (default: {FILE}, downloaded if it is not there)")
     limit: int | None = flag(None, "score only this many examples from the start (default: all)", least=1)
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
 
     def __post_init__(self) -> None:
-        if self.model is None:
-            raise UsageError("--model DIR is required: the checkpoint directory to score")
         check_bounds(self)
 
 
@@ -57,36 +56,50 @@ class Example(NamedTuple):
 
 
 def download(path: Path = FILE) -> Path:
-    """Fetch the official validation set unless it is there; raises OSError or DataError where that fails."""
-    if not path.exists():
-        with replacing(path) as temporary, urllib.request.urlopen(URL, timeout=30) as response:
-            with open(temporary, "wb") as file:
-                shutil.copyfileobj(response, file)
-            if sha256(temporary) != SHA256:
-                raise DataError(f"{URL} is not the file that was expected (sha256): give your own with --data")
-    elif sha256(path) != SHA256:
+    """Fetch the official validation set unless it is there; raises DataError where that fails."""
+    if path.exists() and sha256(path) != SHA256:
         raise DataError(f"{path} is not the official file (sha256): delete it, or give it with --data")
+    try:
+        if not path.exists():
+            with replacing(path) as temporary, urllib.request.urlopen(URL, timeout=30) as response:
+                with open(temporary, "wb") as file:
+                    shutil.copyfileobj(response, file)
+                if sha256(temporary) != SHA256:
+                    raise OSError("its sha256 is not the expected one")
+    except (OSError, HTTPException) as error:
+        raise DataError(f"cannot download {URL} ({error}): give a local copy with --data FILE") from None
     return path
 
 
 def load(path: Path, limit: int | None = None) -> list[Example]:
     """Read and encode the examples of a .jsonl file."""
-    examples = []
+    examples: list[Example] = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                example = Example(
-                    encode(row["ctx"]), [encode(" " + ending) for ending in row["endings"]], int(row["label"])
-                )
-                if len(example.endings) != ENDINGS or not 0 <= example.label < ENDINGS or not example.context:
-                    raise ValueError("it needs a context, four endings, and a label from 0 to 3")
-            except (ValueError, TypeError, KeyError) as error:
-                raise DataError(f"{path}, line {number}, is not a HellaSwag example: {error}") from None
-            examples.append(example)
             if len(examples) == limit:
                 break
+            if line.strip():
+                examples.append(read_example(line, f"{path}, line {number}"))
+    if not examples:
+        raise DataError(f"{path} holds no examples")
     return examples
+
+
+def read_example(line: bytes, place: str) -> Example:
+    """Encode one example; raises DataError where it is not one."""
+    try:
+        row = json.loads(line)
+        context, endings, label = encode(row["ctx"]), [encode(" " + ending) for ending in row["endings"]], row["label"]
+        if (
+            isinstance(row["endings"], str)
+            or len(endings) != ENDINGS
+            or int(label) not in range(ENDINGS)
+            or not context
+        ):
+            raise ValueError("it needs a context, four endings, and a label from 0 to 3")
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise DataError(f"{place}, is not a HellaSwag example: {error}") from None
+    return Example(context, endings, int(label))
 
 
 def batches(examples: list[Example]) -> Iterator[list[Example]]:
@@ -136,11 +149,7 @@ def count_correct(gpt: GPT, examples: list[Example], progress: bool = False) -> 
 def main(argv: list[str] | None = None) -> None:
     config = parse_flags(HellaswagConfig, argv, __doc__)
     gpt = GPT.from_pretrained(config.model).to(choose_device(config.device))
-    try:
-        path = Path(config.data) if config.data else download()
-    except OSError as error:
-        raise DataError(f"cannot download {URL} ({error}): give a local copy with --data FILE") from None
-    examples = load(path, config.limit)
+    examples = load(Path(config.data) if config.data else download(), config.limit)
     acc, acc_norm = (int(correct) for correct in count_correct(gpt, examples, progress=True))
     n = len(examples)
     print(f"{n} examples: acc {acc / n:.4f} ({acc} right), acc_norm {acc_norm / n:.4f} ({acc_norm} right)")

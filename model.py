@@ -179,8 +179,7 @@ class GPT(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: weight for name, weight in self.state_dict().items() if name != "lm_head.weight"}
         weights = {name: stored(name, weight).contiguous() for name, weight in weights.items()}
-        with replacing(directory / "model.safetensors") as temporary:
-            save_file(weights, temporary, metadata={"format": "pt"})
+        save_tensors(directory / "model.safetensors", weights)
         write_json(directory / "config.json", huggingface_config(self.config))
 
     @classmethod
@@ -191,16 +190,15 @@ class GPT(nn.Module):
             if not (directory / name).is_file():
                 raise DataError(f"{directory} is not a checkpoint: it has no {name}")
         gpt = cls(read_config(directory / "config.json"))
-        try:
-            weights = load_file(directory / "model.safetensors")
-        except SafetensorError as error:
-            raise DataError(f"{directory / 'model.safetensors'} is damaged: {error}") from None
-        weights = {name: stored(name, weight) for name, weight in weights.items()}
-        weights["lm_head.weight"] = weights.get("transformer.wte.weight")
+        weights = load_tensors(directory / "model.safetensors")
+        weights = {full_name(name): stored(name, weight) for name, weight in weights.items() if not is_mask(name)}
+        weights.setdefault("lm_head.weight", weights.get("transformer.wte.weight"))
         wanted = {name: weight.shape for name, weight in gpt.state_dict().items()}
         wrong = [name for name in wanted | weights if getattr(weights.get(name), "shape", None) != wanted.get(name)]
         if wrong:
             raise DataError(f"{directory / 'model.safetensors'} does not fit its config.json: {', '.join(wrong[:3])}")
+        if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+            raise DataError(f"{directory} has a classifier that is not tied to its embedding, which GPT-2's is")
         gpt.load_state_dict(weights)
         return gpt
 
@@ -221,35 +219,75 @@ def stored(name: str, weight: Tensor) -> Tensor:
     return weight.t() if name.endswith(TRANSPOSED) else weight
 
 
+def full_name(name: str) -> str:
+    """A weight's name in this program; OpenAI's files on the Hub leave out the prefix."""
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+def is_mask(name: str) -> bool:
+    """Whether the tensor is one of the attention masks that old files hold."""
+    return name.endswith((".attn.bias", ".attn.masked_bias"))
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a whole safetensors file; raises OSError where the disk does not take it."""
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from None
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; raises DataError where it is damaged."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+
+
+# What config.json says of every GPT-2 that this program computes; where it is silent, transformers assumes the same
+IMPLEMENTED = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "n_inner": None,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
 def huggingface_config(config: GPTConfig) -> dict[str, object]:
     """The content of config.json."""
     return {
+        **IMPLEMENTED,
         "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
         "n_ctx": config.block_size,  # llama.cpp's converter reads this name
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), END_OF_TEXT),
         "initializer_range": 0.02,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
-        "tie_word_embeddings": True,
         "dtype": "float32",
     }
 
 
 def read_config(path: Path) -> GPTConfig:
-    """Read the sizes from config.json."""
+    """Read the sizes from config.json; raises DataError for a network that this program does not compute."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {name: settings[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        return GPTConfig(block_size=settings["n_positions"], **sizes)
-    except (ValueError, TypeError, KeyError) as error:
+        wrong = [name for name, value in IMPLEMENTED.items() if settings.get(name, value) != value]
+        names = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        config = GPTConfig(**{ours: int(settings[theirs]) for ours, theirs in names.items()})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is not the configuration of a GPT-2: {error}") from None
+    if wrong:
+        raise DataError(
+            f"{path} asks for {wrong[0]} {settings[wrong[0]]!r}; only {IMPLEMENTED[wrong[0]]!r} is implemented"
+        )
+    return config

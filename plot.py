@@ -5,30 +5,26 @@ python plot.py log
 
 from __future__ import annotations
 
+import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-from common import DataError, flag, parse_flags, replacing, run
+from common import DataError, Parser, replacing, run
 
 GPT2_HELLASWAG = 0.2955  # acc_norm of OpenAI's 124M model
-
-
-@dataclass(frozen=True)
-class PlotConfig:
-    directory: str = flag("log", "the run's output directory, which holds log.jsonl", positional=True)
 
 
 def read_log(path: Path) -> list[dict]:
     """The records of a log; a last line that was cut off is left out."""
     if not path.exists():
         raise DataError(f"{path.parent} holds no run: there is no {path.name}")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            records.append({"step": int(record["step"])} | record)
+        except (ValueError, TypeError, KeyError):
             if number < len(lines):
                 raise DataError(f"{path}, line {number}, is damaged: delete the line") from None
     return records
@@ -64,7 +60,10 @@ def draw(directory: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    print(draw(Path(parse_flags(PlotConfig, argv, __doc__).directory)))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    help = "the run's output directory, which holds log.jsonl (default: log)"
+    parser.add_argument("directory", nargs="?", default="log", help=help)
+    print(draw(Path(parser.parse_args(argv).directory)))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from common import UsageError, check_bounds, choose_device, flag, parse_flags, run
+from common import UsageError, check_bounds, choose_device, flag, parse_flags, required, run
 from model import GPT
 from tokenizer import decode, encode
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    checkpoint: str | None = flag(None, "checkpoint directory of the model (required)")
+    checkpoint: str = flag(required, "checkpoint directory of the model")
     prompt: str = flag("Hello, I'm a language model,", "text to continue")
     num_samples: int = flag(4, "continuations to write", least=1)
     max_new_tokens: int = flag(64, "tokens in each continuation", least=1)
@@ -42,8 +42,6 @@ def complete(gpt: GPT, config: SampleConfig) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_flags(SampleConfig, argv, __doc__)
-    if config.checkpoint is None:
-        raise UsageError("--checkpoint DIR is required: the directory of the model")
     gpt = GPT.from_pretrained(config.checkpoint).to(choose_device(config.device))
     print("\n\n".join(complete(gpt, config)))
 

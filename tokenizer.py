@@ -67,12 +67,6 @@ def save_pretrained(directory: Path, block_size: int) -> None:
         with replacing(directory / name) as temporary:
             shutil.copyfile(VOCABULARY / cached, temporary)
     end = encoding().decode([END_OF_TEXT])
-    settings = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": block_size,
-        "add_prefix_space": False,
-        "bos_token": end,
-        "eos_token": end,
-        "unk_token": end,
-    }
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, "add_prefix_space": False}
+    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
     write_json(directory / "tokenizer_config.json", settings)

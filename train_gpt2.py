@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -47,7 +47,7 @@ from common import (
     sha256,
     write_json,
 )
-from model import GPT, PRESETS
+from model import GPT, PRESETS, load_tensors, save_tensors
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def by_model(name: str, help: str, **metadata: object) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run does. A field marked `fixed` alters its mathematics: a resumed run must keep it."""
+    """What a run does. A field marked `fixed` alters its results beyond rounding: a resumed run must keep it."""
 
     model: str | None = flag(None, "size (default: gpt2 on a CUDA device, else debug)", choices=[*PRESETS], fixed=True)
     data_dir: str | None = flag(None, f"of shards (default: {FULL_DATA}; for debug without it, {SAMPLE_DATA})")
@@ -186,6 +186,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
 
     @property
     def leader(self) -> bool:
@@ -210,10 +211,14 @@ class World:
 @contextlib.contextmanager
 def start_processes(device_name: str) -> Iterator[World]:
     """Join the processes that torchrun started, or be the only one."""
-    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    # torchrun's variables, and what holds without it
+    place = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+    size, rank, local_rank = (int(os.environ.get(name, alone)) for name, alone in place.items())
     device = choose_device(device_name, local_rank)
-    if device.type == "mps" and size > 1:
-        raise UsageError("an MPS device takes one process: add --device cpu")
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise UsageError("WORLD_SIZE is set, but not by torchrun: start several processes with torchrun")
+    if size > 1 and (device.type == "mps" or device_name.startswith("cuda:")):
+        raise UsageError(f"--device {device_name} takes one process: choose cuda, or cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
@@ -221,11 +226,9 @@ def start_processes(device_name: str) -> Iterator[World]:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(int(os.environ.get("RANK", 0)), size, device)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+    yield World(rank, size, device, local_rank)
+    if size > 1:  # not after an error: the others may wait in a collective, and torchrun ends them
+        dist.destroy_process_group()
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -253,7 +256,7 @@ def build_sample(world: World) -> None:
 def open_shards(config: TrainConfig, world: World) -> Shards:
     """Open the shards; raises DataError where one is missing or is not what the manifest says."""
     directory = Path(config.data_dir)
-    if config.data_dir == SAMPLE_DATA:
+    if directory == Path(SAMPLE_DATA):
         build_sample(world)
     manifest = fineweb.load_manifest(directory) or {}
     if not manifest.get("complete", True):
@@ -278,9 +281,10 @@ def open_shard(path: Path, listed: dict | None) -> np.ndarray:
     """Map one shard into memory."""
     try:
         tokens = np.load(path, mmap_mode="r")
-        expected = listed["tokens"] if listed else len(tokens)
-        if tokens.dtype != np.uint16 or tokens.shape != (expected,):
-            raise ValueError(f"{tokens.dtype} of shape {tokens.shape}")
+        if not isinstance(tokens, np.ndarray) or tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise ValueError("it holds something else")
+        if listed and len(tokens) != listed["tokens"]:
+            raise ValueError(f"it has {len(tokens)} tokens, not {listed['tokens']}")
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path} is not a whole shard of uint16 tokens ({error}): build it again") from None
     return tokens
@@ -440,6 +444,8 @@ def validation_loss(trainer: Trainer, val: np.ndarray) -> float:
     tokens = torch.from_numpy(read_tokens(val, 0, count * T + 1).astype(np.int64))
     total = 0.0
     for x, y in zip(tokens[:-1].view(-1, T)[mine].split(B), tokens[1:].view(-1, T)[mine].split(B), strict=True):
+        if not len(x):
+            break  # more processes than rows
         missing = (0, 0, 0, B - len(x))  # filled up, for a compiled model; targets of -100 do not count
         x_full, y_full = F.pad(x, missing), F.pad(y, missing, value=-100)
         with trainer.autocast():
@@ -449,14 +455,17 @@ def validation_loss(trainer: Trainer, val: np.ndarray) -> float:
 
 
 def load_hellaswag(config: TrainConfig, world: World) -> list[hellaswag.Example] | None:
-    """This process's share of HellaSwag; without the file, a notice and None."""
-    available = torch.tensor(0)
-    if config.hellaswag_every and world.leader:
+    """This process's share of HellaSwag; where a machine cannot have the file, a notice and None for all."""
+    failed = torch.tensor(0)
+    if config.hellaswag_every and world.local_rank == 0:
         try:
-            available += hellaswag.download().exists()
-        except (OSError, DataError) as error:
-            world.print(f"HellaSwag is left out: {error}")
-    return hellaswag.load(hellaswag.FILE)[world.rank :: world.size] if world.sum(available) else None
+            hellaswag.download()
+        except DataError as error:
+            print(f"HellaSwag is left out: {error}", flush=True)
+            failed += 1
+    if world.sum(failed) or not config.hellaswag_every:
+        return None
+    return hellaswag.load(hellaswag.FILE)[world.rank :: world.size]
 
 
 def evaluate(trainer: Trainer, log: Log, shards: Shards, examples: list[hellaswag.Example] | None) -> None:
@@ -472,8 +481,9 @@ def evaluate(trainer: Trainer, log: Log, shards: Shards, examples: list[hellaswa
         text = f"{step} | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}"
         log.write(text, step=trainer.step, hellaswag_acc=acc, hellaswag_acc_norm=acc_norm)
     if world.leader and due(config.sample_every, trainer):
+        wanted = sample.SampleConfig(checkpoint=config.out_dir, max_new_tokens=32, seed=config.seed)
         with trainer.autocast():
-            texts = sample.complete(trainer.gpt, sample.SampleConfig(max_new_tokens=32, seed=config.seed))
+            texts = sample.complete(trainer.gpt, wanted)
         world.print("\n".join(f"{step} | {text!r}" for text in texts))
     if world.leader and due(config.eval_every, trainer):
         plot.draw(Path(config.out_dir))
@@ -487,36 +497,43 @@ def due(every: int, trainer: Trainer) -> bool:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def checkpoints(out_dir: Path) -> list[Path]:
-    """The directories of checkpoints, the newest first."""
-    return sorted(out_dir.glob("step_[0-9][0-9][0-9][0-9][0-9][0-9]*"), key=lambda path: -int(path.name[5:]))
+def checkpoints(out_dir: Path) -> dict[int, Path]:
+    """The checkpoints by their step, the newest first."""
+    found = [path for path in out_dir.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir()]
+    return dict(sorted(((int(path.name[5:]), path) for path in found), reverse=True))
 
 
 def save_checkpoint(trainer: Trainer, data: list[list]) -> None:
     """Write a checkpoint that is either complete or absent, then remove the oldest beyond `keep`."""
     out_dir, step = Path(trainer.config.out_dir), trainer.step
-    final, temporary = out_dir / f"step_{step:06d}", out_dir / ".checkpoint.tmp"
+    temporary = out_dir / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    trainer.gpt.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary, trainer.gpt.config.block_size)
-    with replacing(temporary / "optimizer.safetensors") as path:
-        save_file(optimizer_tensors(trainer) | random_states(trainer.world.device), path)
+    try:
+        write_checkpoint(trainer, data, temporary)
+        os.replace(temporary, out_dir / f"step_{step:06d}")
+        flush(out_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for path in list(checkpoints(out_dir).values())[trainer.config.keep :]:
+        shutil.rmtree(path)
+
+
+def write_checkpoint(trainer: Trainer, data: list[list], directory: Path) -> None:
+    """Write a checkpoint's files, the manifest of their hashes last."""
+    trainer.gpt.save_pretrained(directory)
+    tokenizer.save_pretrained(directory, trainer.gpt.config.block_size)
+    tensors = optimizer_tensors(trainer) | random_states(trainer.world.device)
+    save_tensors(directory / "optimizer.safetensors", tensors)
     state = {
-        "step": step,
+        "step": trainer.step,
         "position": trainer.position,
         "config": asdict(trainer.config),
         "data": data,
         "scaler": trainer.scaler.state_dict(),
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
-    write_json(temporary / "trainer.json", state)
-    write_json(temporary / "MANIFEST.json", {path.name: sha256(path) for path in sorted(temporary.iterdir())})
-    shutil.rmtree(final, ignore_errors=True)  # only one that was found damaged can be there
-    os.replace(temporary, final)
-    flush(out_dir)
-    older = [path for path in checkpoints(out_dir) if int(path.name[5:]) < step]
-    for path in older[trainer.config.keep - 1 :]:
-        shutil.rmtree(path)
+    write_json(directory / "trainer.json", state)
+    write_json(directory / "MANIFEST.json", {path.name: sha256(path) for path in sorted(directory.iterdir())})
 
 
 def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -541,17 +558,27 @@ def damage(directory: Path) -> str | None:
 
 
 def newest_checkpoint(out_dir: Path, world: World) -> Path | None:
-    """The newest checkpoint whose hashes hold, as the leader finds it; raises DataError if none of several does."""
-    found, choice = checkpoints(out_dir), torch.tensor(-1)
-    for number, directory in enumerate(found if world.leader else []):
+    """The newest checkpoint whose hashes hold; the leader chooses, and sets the damaged ones aside that are newer.
+
+    Raises DataError where all are damaged, or where a process does not see the leader's choice.
+    """
+    chosen, damaged = -1, {}
+    for step, directory in checkpoints(out_dir).items() if world.leader else ():
         if not (problem := damage(directory)):
-            choice = torch.tensor(number)
+            chosen = step
             break
         world.print(f"passing over the checkpoint {directory}: {problem}")
-    number = int(world.sum(choice if world.leader else torch.tensor(0)))
-    if found and number < 0:
+        damaged[directory] = directory.with_name(f"{directory.name}.damaged")
+    if damaged and chosen < 0:
         raise DataError(f"no checkpoint in --out_dir {out_dir} is whole: choose another directory to start anew")
-    return found[number] if found else None
+    for directory, aside in damaged.items():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(directory, aside)
+    chosen = int(world.sum(torch.tensor(chosen if world.leader else 0)))
+    path = out_dir / f"step_{chosen:06d}" if chosen >= 0 else None
+    if world.sum(torch.tensor(int(path is None or path.is_dir()))) < world.size:
+        raise DataError(f"--out_dir {out_dir} must be on a disk that all machines share: not all see {path}")
+    return path
 
 
 def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: list[list]) -> Trainer:
@@ -559,7 +586,7 @@ def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: li
     state = json.loads((directory / "trainer.json").read_text(encoding="utf-8"))
     refuse_changes(state, config, data)
     trainer = make_trainer(config, world, GPT.from_pretrained(directory))
-    tensors = load_file(directory / "optimizer.safetensors")
+    tensors = load_tensors(directory / "optimizer.safetensors")
     for name, parameter in trainer.gpt.named_parameters():
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
         trainer.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(world.device) for key in keys}
@@ -574,7 +601,7 @@ def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: li
 
 def refuse_changes(state: dict, config: TrainConfig, data: list[list]) -> None:
     """Raise UsageError if the resumed run would not be the one that was stopped."""
-    before = TrainConfig(**state["config"])
+    before = replace(config, **{name: value for name, value in state["config"].items() if hasattr(config, name)})
     for field in fields(TrainConfig):
         old, new = getattr(before, field.name), getattr(config, field.name)
         if field.metadata.get("fixed") and old != new:
@@ -590,7 +617,9 @@ def refuse_changes(state: dict, config: TrainConfig, data: list[list]) -> None:
 # Dense bf16 (fp16 for the oldest) FLOP/s by the vendors' data sheets, found by a part of the device's name
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -658,9 +687,9 @@ def format_or_na(value: float | None, how: str) -> str:
 def report(trainer: Trainer, log: Log, tokens: int, loss: float, norm: float, seconds: float, left: float) -> None:
     """Log one optimizer step."""
     world, step = trainer.world, trainer.step
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in device_name(world.device)), None)
+    known = [flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name(world.device))]
     rate = tokens / seconds
-    mfu = peak and rate * flops_per_token(trainer.gpt) / (peak * world.size)
+    mfu = rate * flops_per_token(trainer.gpt) / (known[0] * world.size) if known else None
     lr = trainer.optimizer.param_groups[0]["lr"]
     log.write(
         f"step {step:5d}/{trainer.config.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | "
@@ -717,7 +746,8 @@ def train(config: TrainConfig) -> None:
             evaluate(trainer, log, shards, examples)
             if world.leader and (due(config.save_every, trainer) or trainer.step == config.max_steps):
                 save_checkpoint(trainer, shards.identity)
-        world.print(f"finished: {checkpoints(Path(config.out_dir))[0]}")
+        world.wait()  # for the leader to save
+        world.print(f"finished: {config.out_dir}/step_{trainer.step:06d}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -725,7 +755,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(config)
     except torch.OutOfMemoryError as error:
-        raise UsageError(f"out of memory: try a smaller --batch_size ({str(error).splitlines()[0]})") from None
+        raise MemoryError(f"out of memory: try a smaller --batch_size ({str(error).splitlines()[0]})") from None
 
 
 if __name__ == "__main__":

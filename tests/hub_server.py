@@ -50,7 +50,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            self.wfile.write(content[: self.server.sent] if len(content) > 1000 else content)
 
     def log_message(self, *_):
         pass
@@ -61,6 +61,7 @@ def serve(repo, revision, files):
     """Serve one data set on 127.0.0.1; yields the server, whose `url` is the HF_ENDPOINT to use."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repo, server.revision, server.files, server.requests = repo, revision, files, []
+    server.sent = None  # bytes of a large file after which the connection breaks off
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

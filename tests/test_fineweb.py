@@ -223,6 +223,10 @@ def test_damaged_sources_are_refused_by_name(tmp_path):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "other.jsonl").write_text('{"body": "fine"}\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    broken_text = pyarrow.array([b"\xff\xfe"] * 9, pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken_text}), tmp_path / "bytes.parquet")
+    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "number.jsonl").write_text('{"text": 1}\n')
     (tmp_path / "null.jsonl").write_text('{"text": null}\n')
     cases = {
@@ -232,12 +236,30 @@ def test_damaged_sources_are_refused_by_name(tmp_path):
         "other.jsonl": "line 1",
         "number.jsonl": "text_column",
         "null.jsonl": "no text",
+        "empty.txt": "no text",
+        "deep.jsonl": "line 1",
+        "bytes.parquet": "bytes.parquet",
     }
     for name, says in cases.items():
         with pytest.raises(fineweb.DataError, match=says):
             build("--input", name, "--shard_size", 10, "--out", "out")
     with pytest.raises(fineweb.DataError, match="--text_column"):
         build("--input", "whole.parquet", "--text_column", "body", "--shard_size", 10, "--out", "out")
+
+
+def test_blank_lines_and_byte_order_marks_are_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\n\n  \n{"text": "two"}\n\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
+    build("--input", "a.jsonl", "b.txt", "a.jsonl", "*.jsonl", "--shard_size", 2, "--out", "out")  # each file once
+    assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected_tokens(["one", "two", "three"])
+
+
+def test_a_file_that_changed_since_an_interruption_is_refused(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["one"] * 100)
+    build("--input", "a.jsonl", "--shard_size", 50, "--out", "out")
+    write_jsonl(tmp_path / "a.jsonl", ["two"] * 100)
+    with pytest.raises(fineweb.UsageError, match="source"):
+        build("--input", "a.jsonl", "--shard_size", 50, "--out", "out")
 
 
 def test_a_begun_directory_keeps_its_settings_and_its_shards(tmp_path):
@@ -251,9 +273,15 @@ def test_a_begun_directory_keeps_its_settings_and_its_shards(tmp_path):
     (tmp_path / "out" / "manifest.json").unlink()
     with pytest.raises(fineweb.UsageError, match="manifest"):
         build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
-    (tmp_path / "out" / "manifest.json").write_text('{"shards": 3')
-    with pytest.raises(fineweb.DataError, match="manifest"):
-        build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    for damaged in (
+        '{"shards": 3',
+        "[]",
+        '{"complete": true, "shards": [{"name": "x"}]}',
+        '{"complete": 1, "shards": []}',
+    ):
+        (tmp_path / "out" / "manifest.json").write_text(damaged)
+        with pytest.raises(fineweb.DataError, match="manifest"):
+            build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
 
 
 def test_fast_encoding_equals_encode_ordinary():

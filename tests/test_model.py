@@ -1,10 +1,12 @@
 """The network equals OpenAI's GPT-2, and refuses what it cannot compute."""
 
+import json
 import math
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import tokenizer
 from model import GPT, PRESETS, GPTConfig, draw
@@ -111,6 +113,43 @@ def test_a_saved_directory_gives_transformers_the_same_tokens(tmp_path):
     assert theirs(text)["input_ids"] == tokenizer.encode(text)
     assert theirs.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
     assert theirs.eos_token_id == tokenizer.END_OF_TEXT and theirs.model_max_length == 64
+
+
+def test_openais_layout_without_prefix_and_with_masks_loads_too(tmp_path):
+    gpt = small_gpt()
+    gpt.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    bare |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 32, 32).tril() for layer in range(3)}
+    save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = GPT.from_pretrained(tmp_path)
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in gpt.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("activation_function", "relu"),
+        ("layer_norm_epsilon", 0.5),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("tie_word_embeddings", False),
+        ("model_type", "gpt_neo"),
+    ],
+)
+def test_a_network_that_is_not_gpt2s_is_refused_by_name(tmp_path, name, value):
+    small_gpt().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ValueError, match=name):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_classifier_of_its_own_is_refused(tmp_path):
+    small_gpt().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["transformer.wte.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="tied"):
+        GPT.from_pretrained(tmp_path)
 
 
 def test_saving_and_loading_is_bit_for_bit(tmp_path):

@@ -16,7 +16,17 @@ def table(config_class):
     for field in dataclasses.fields(config_class):
         text, _, default = field.metadata["help"].partition(" (default: ")
         name = field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
-        shown = default.rstrip(")") if default else ("" if field.default in (None, ()) else f"`{field.default}`")
+        shown = (
+            default.rstrip(")")
+            if default
+            else (
+                ""
+                if field.default in (None, ())
+                else "required"
+                if field.default is dataclasses.MISSING
+                else f"`{field.default}`"
+            )
+        )
         lines.append(f"| `{name}` | {text} | {shown} |")
     return "\n".join(lines) + "\n"
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 from dataclasses import replace
 
@@ -231,8 +232,8 @@ def test_n_plus_n_steps_equal_2n_bit_for_bit(config, tmp_path):
     train(config)
     for begun in (8, 24):
         shutil.copytree(tmp_path / "log", tmp_path / f"log{begun}")
-        for directory in train_gpt2.checkpoints(tmp_path / f"log{begun}"):
-            if int(directory.name[5:]) > begun:
+        for step, directory in train_gpt2.checkpoints(tmp_path / f"log{begun}").items():
+            if step > begun:
                 shutil.rmtree(directory)
         train(replace(config, out_dir=f"log{begun}", resume=True))
         assert same(weights(tmp_path / "log" / "step_000032"), weights(tmp_path / f"log{begun}" / "step_000032"))
@@ -287,10 +288,11 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(config
     assert (
         same(expected, weights(tmp_path / "log" / "step_000008")) and list(records(tmp_path / "log", "loss"))[-1] == 8
     )
-    for directory in train_gpt2.checkpoints(tmp_path / "log"):
+    for directory in train_gpt2.checkpoints(tmp_path / "log").values():
         (directory / file).unlink()
-    with pytest.raises(DataError, match="whole"):
-        train(replace(config, resume=True))
+    for _ in range(2):
+        with pytest.raises(DataError, match="whole"):
+            train(replace(config, resume=True))
 
 
 def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
@@ -300,11 +302,40 @@ def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
 
 
 def test_a_damaged_newer_checkpoint_never_costs_a_good_one(config, tmp_path):
-    train(replace(config, save_every=4))
-    (tmp_path / "log" / "step_000008" / "model.safetensors").write_bytes(b"")
-    train(replace(config, save_every=3, max_steps=8, keep=1, resume=True))
-    assert train_gpt2.damage(tmp_path / "log" / "step_000008") is None
-    assert [path.name for path in train_gpt2.checkpoints(tmp_path / "log")] == ["step_000008"]
+    train(replace(config, save_every=2))
+    for step in (4, 6, 8):
+        (tmp_path / "log" / f"step_{step:06d}" / "model.safetensors").write_bytes(b"")
+    train(replace(config, save_every=5, keep=2, resume=True))
+    assert list(train_gpt2.checkpoints(tmp_path / "log")) == [8, 5]
+    assert all(train_gpt2.damage(path) is None for path in train_gpt2.checkpoints(tmp_path / "log").values())
+
+
+def test_copies_of_checkpoints_and_other_files_are_left_alone(config, tmp_path):
+    train(replace(config, save_every=2, keep=1))
+    others = ["step_000008.bak", "step_000008_2", "step_8"]
+    for name in others:
+        shutil.copytree(tmp_path / "log" / "step_000008", tmp_path / "log" / name)
+    (tmp_path / "log" / "step_000010").write_text("a file")
+    (tmp_path / "log" / "step_000008" / "MANIFEST.json").unlink()
+    (tmp_path / "log" / "step_000008").rename(tmp_path / "log" / "step_000006")
+    shutil.copytree(tmp_path / "log" / "step_8", tmp_path / "log" / "step_000004")
+    train(replace(config, resume=True))
+    assert all((tmp_path / "log" / name).exists() for name in [*others, "step_000010"])
+
+
+def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint_and_no_remains(config, tmp_path):
+    config = replace(config, min_lr=1e-2, warmup_steps=0)
+    train(replace(config, max_steps=4))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, before[1]))  # optimizer.safetensors is larger
+    try:
+        with pytest.raises(OSError, match="optimizer.safetensors"):
+            train(replace(config, resume=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "log").glob(".*"))
+    train(replace(config, resume=True))
+    assert list(train_gpt2.checkpoints(tmp_path / "log")) == [8, 4]
 
 
 def test_a_loss_that_is_not_finite_is_null_in_the_log(tmp_path):
@@ -348,6 +379,9 @@ def test_a_compiled_run_computes_the_same(config, tmp_path):
         ({"block_size": 64}, "--block_size 64 .* 32"),
         ({"batch_size": 0}, "--batch_size"),
         ({"grad_clip": math.nan}, "--grad_clip"),
+        ({"max_lr": math.inf}, "--max_lr"),
+        ({"seed": 2**64}, "--seed"),
+        ({"beta2": 1.0}, "--beta2"),
         ({"min_lr": 1.0}, "--min_lr"),
         ({"initial_batch_size": 96, "batch_ramp_tokens": 100, "batch_size": 4}, "--initial_batch_size 96"),
         ({"initial_batch_size": 64}, "--batch_ramp_tokens"),
@@ -357,7 +391,7 @@ def test_a_compiled_run_computes_the_same(config, tmp_path):
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_flag_before_anything_is_written(config, tmp_path, change, says):
-    with pytest.raises(UsageError, match=says):
+    with pytest.raises(UsageError, match=says):  # some as soon as they are given
         train(replace(config, **change))
     assert not (tmp_path / "log").exists()
 
@@ -402,8 +436,10 @@ def test_missing_and_damaged_shards_are_named(config, tmp_path):
     refused(b"")
     refused(content[:100])
     refused(content[:-10])
+    np.savez(tmp_path / "zip.npz", np.zeros(3, dtype=np.uint16))
+    refused((tmp_path / "zip.npz").read_bytes())
     tokens = np.load(tmp_path / "shards" / "edufineweb_train_000003.npy")
-    for wrong in (tokens[:50], tokens.astype(np.int32), tokens.reshape(2, -1)):
+    for wrong in (tokens[:50], tokens.astype(np.int32), tokens.reshape(2, -1), tokens.sum()):
         np.save(shard, wrong)
         refused(shard.read_bytes())
     tokens[7] = 50257
@@ -412,6 +448,14 @@ def test_missing_and_damaged_shards_are_named(config, tmp_path):
     shard.unlink()
     with pytest.raises(DataError, match="edufineweb_train_000002"):
         train(replace(config, resume=True))
+
+
+def test_incomplete_shards_are_refused(config, tmp_path):
+    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    manifest["shards"][-1]["next"] = {"file": 0, "document": 1, "token": 1}
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    with pytest.raises(DataError, match="not complete"):
+        train(config)
 
 
 def test_shards_without_a_manifest_can_be_trained_on(config, tmp_path):
