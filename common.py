@@ -40,12 +40,15 @@ def flag(default: object, help: str, **metadata: object) -> typing.Any:
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
-def check_bounds(config: object) -> None:
-    """Raise UsageError for a number that is less than its field's `least`, or beyond all use."""
-    for field in dataclasses.fields(config):
-        value, least = getattr(config, field.name), field.metadata.get("least", 0)
-        if isinstance(value, int | float) and not least <= value < 2**63:  # nan is refused too
-            raise UsageError(f"--{field.name} must be a number from {least} on, not {value}")
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """A script's settings; raises UsageError for a number that is less than its field's `least`, or beyond all use."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata.get("least", 0)
+            if isinstance(value, int | float) and not least <= value < 2**63:  # nan is refused too
+                raise UsageError(f"--{field.name} must be a number from {least} on, not {value}")
 
 
 def boolean(text: str) -> bool:

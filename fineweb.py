@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import DataError, UsageError, check_bounds, flag, parse_flags, replacing, run, sha256, write_json
+from common import DataError, Flags, UsageError, flag, parse_flags, replacing, run, sha256, write_json
 from tokenizer import END_OF_TEXT, N_TOKENS, encoding
 
 DOCUMENTS_AT_ONCE = 256
@@ -47,7 +47,7 @@ Texts = list[str | None]
 
 
 @dataclass(frozen=True)
-class FinewebConfig:
+class FinewebConfig(Flags):
     dataset: str = flag("HuggingFaceFW/fineweb-edu", "data set on the Hugging Face Hub")
     name: str = flag("sample-10BT", "the data set's configuration")
     revision: str = flag("87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "the data set's revision")
@@ -62,7 +62,7 @@ class FinewebConfig:
     def __post_init__(self) -> None:
         if self.sample and self.input:
             raise UsageError("--sample and --input are two sources: choose one")
-        check_bounds(self)
+        super().__post_init__()
 
     @property
     def directory(self) -> Path:
@@ -137,15 +137,14 @@ def hub_source(config: FinewebConfig) -> Source:
             return step()
         except Exception as error:  # the libraries below promise no particular ones
             remedy = "run the same command again to go on from here, or give local files with --input"
-            raise DataError(
-                f"cannot {what}: {' '.join(str(error).split()) or type(error).__name__}; {remedy}"
-            ) from None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"cannot {what}: {reason}; {remedy}") from None
 
     def open_files() -> list[Callable[[], Iterable[Texts]]]:
         import datasets
         from huggingface_hub.utils import logging
 
-        logging.set_verbosity_error()  # of its retries; what they come to is said above
+        logging.set_verbosity_error()  # of its retries; `attempt` says what they come to
         listing = f"list --dataset {config.dataset} --name {config.name} at --revision {config.revision}"
         load = partial(datasets.load_dataset_builder, config.dataset, config.name, revision=config.revision)
         builder = attempt(listing, load)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import DataError, check_bounds, choose_device, flag, parse_flags, replacing, required, run, sha256
+from common import DataError, Flags, choose_device, flag, parse_flags, replacing, required, run, sha256
 from model import GPT
 from tokenizer import encode
 
@@ -34,14 +34,11 @@ BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class HellaswagConfig:
+class HellaswagConfig(Flags):
     model: str = flag(required, "checkpoint directory to score")
     data: str | None = flag(None, f"file of examples (default: {FILE}, downloaded if it is not there)")
     limit: int | None = flag(None, "score only this many examples from the start (default: all)", least=1)
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 class Example(NamedTuple):

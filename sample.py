@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from common import UsageError, check_bounds, choose_device, flag, parse_flags, required, run
+from common import Flags, UsageError, choose_device, flag, parse_flags, required, run
 from model import GPT
 from tokenizer import decode, encode
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Flags):
     checkpoint: str = flag(required, "checkpoint directory of the model")
     prompt: str = flag("Hello, I'm a language model,", "text to continue")
     num_samples: int = flag(4, "continuations to write", least=1)
@@ -28,7 +28,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UsageError("--prompt is empty: give some text to continue")
-        check_bounds(self)
+        super().__post_init__()
 
 
 def complete(gpt: GPT, config: SampleConfig) -> list[str]:

@@ -36,8 +36,8 @@ import sample
 import tokenizer
 from common import (
     DataError,
+    Flags,
     UsageError,
-    check_bounds,
     choose_device,
     flag,
     flush,
@@ -90,7 +90,7 @@ def by_model(name: str, help: str, **metadata: object) -> Any:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Flags):
     """What a run does. A field marked `fixed` alters its results beyond rounding: a resumed run must keep it."""
 
     model: str | None = flag(None, "size (default: gpt2 on a CUDA device, else debug)", choices=[*PRESETS], fixed=True)
@@ -126,9 +126,6 @@ class TrainConfig:
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
     dtype: str = flag("auto", "of autocast; auto: bfloat16 where the device computes it", choices=["auto", *DTYPES])
     compile: bool | None = flag(None, "compile the model (default: true on a CUDA device, else false)")
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -522,8 +519,7 @@ def write_checkpoint(trainer: Trainer, data: list[list], directory: Path) -> Non
     """Write a checkpoint's files, the manifest of their hashes last."""
     trainer.gpt.save_pretrained(directory)
     tokenizer.save_pretrained(directory, trainer.gpt.config.block_size)
-    tensors = optimizer_tensors(trainer) | random_states(trainer.world.device)
-    save_tensors(directory / "optimizer.safetensors", tensors)
+    save_tensors(directory / "optimizer.safetensors", state_tensors(trainer))
     state = {
         "step": trainer.step,
         "position": trainer.position,
@@ -536,15 +532,13 @@ def write_checkpoint(trainer: Trainer, data: list[list], directory: Path) -> Non
     write_json(directory / "MANIFEST.json", {path.name: sha256(path) for path in sorted(directory.iterdir())})
 
 
-def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """The optimizer's state, each tensor under its own name and the parameter's."""
-    state, parameters = trainer.optimizer.state, trainer.gpt.named_parameters()
-    return {f"{key}.{name}": tensor for name, p in parameters for key, tensor in state[p].items()}
-
-
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
-    return states | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+def state_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """The optimizer's state, each tensor under its own name and its parameter's, and the random generators'."""
+    state, device = trainer.optimizer.state, trainer.world.device
+    tensors = {f"{key}.{name}": t for name, p in trainer.gpt.named_parameters() for key, t in state[p].items()}
+    if device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
+    return tensors | {"random.cpu": torch.get_rng_state()}
 
 
 def damage(directory: Path) -> str | None:
@@ -617,15 +611,12 @@ def refuse_changes(state: dict, config: TrainConfig, data: list[list]) -> None:
 # Dense bf16 (fp16 for the oldest) FLOP/s by the vendors' data sheets, found by a part of the device's name
 PEAK_FLOPS = {
     "B200": 2250e12,
-    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
-    "L40S": 362e12,
     "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
     "V100": 125e12,
 }
 

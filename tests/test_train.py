@@ -177,6 +177,14 @@ def test_gradients_of_four_micro_batches_equal_those_of_one(config):
         assert torch.allclose(first, second, rtol=1e-3, atol=1e-6)
 
 
+def test_gradients_are_reduced_once_a_step_with_the_last_micro_batch(config):
+    trainer = train_gpt2.make_trainer(train_gpt2.resolve(config, CPU), ALONE, GPT(PRESETS["debug"]))
+    reduced = []
+    trainer.gpt.register_forward_pre_hook(lambda *_: reduced.append(trainer.model.require_backward_grad_sync))
+    train_gpt2.training_step(trainer, torch.zeros(8, 17, dtype=torch.long))
+    assert reduced == [False, False, False, True]  # what DistributedDataParallel reads as its forward pass begins
+
+
 def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(config):
     rows = torch.randint(50257, (8, 17), generator=torch.Generator().manual_seed(0))
     config = train_gpt2.resolve(config, CPU)
