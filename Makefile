@@ -1,5 +1,5 @@
 PYTHON ?= python3
-.PHONY: demo test clean
+.PHONY: demo test
 
 # The package index has CUDA builds of torch for Linux; they run on a CPU as well
 .venv/demo: requirements.txt
@@ -18,5 +18,3 @@ demo: .venv/demo
 test: .venv/test
 	.venv/bin/python -m pytest -q
 
-clean:
-	rm -rf .venv demo sample_shards

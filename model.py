@@ -232,10 +232,13 @@ def is_mask(name: str) -> bool:
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a whole safetensors file; raises OSError where the disk does not take it."""
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from None
+        temporary.chmod(mode)  # save_file leaves it to its owner alone
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -155,6 +155,7 @@ def test_a_classifier_of_its_own_is_refused(tmp_path):
 def test_saving_and_loading_is_bit_for_bit(tmp_path):
     gpt = small_gpt()
     gpt.save_pretrained(tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # readable by all whom the umask allows
     again = GPT.from_pretrained(tmp_path)
     assert again.config == gpt.config
     for name, weight in gpt.state_dict().items():
