@@ -12,8 +12,8 @@ PYTHON ?= python3
 	touch $@
 
 demo: .venv/demo
-	.venv/bin/python train_gpt2.py --model debug --out_dir demo --resume
-	.venv/bin/python sample.py --checkpoint "$$(ls -d demo/step_* | tail -n 1)"
+	.venv/bin/python train_gpt2.py --model debug --data_dir sample_shards --out_dir demo --resume
+	.venv/bin/python sample.py --checkpoint "$$(ls -d demo/step_?????? | tail -n 1)"
 
 test: .venv/test
 	.venv/bin/python -m pytest -q

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import json
 import os
@@ -64,7 +65,7 @@ def flag_options(field: dataclasses.Field, annotation: typing.Any) -> dict[str, 
     kind = next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
     options = {"default": field.default, "choices": field.metadata.get("choices"), "type": kind}
     if typing.get_origin(annotation) is tuple:
-        options.update(nargs="+")
+        options.update(nargs="+", action="extend", default=None)
     elif kind is bool:
         options.update(nargs="?", const=True, type=boolean, metavar="true|false")
     shown = "" if field.default in (None, (), required) else f" (default: {field.default})"
@@ -95,7 +96,7 @@ def parse_flags(config_class: type[Config], argv: list[str] | None, description:
     for field in dataclasses.fields(config_class):
         if getattr(values, field.name) is required:
             parser.error(f"--{field.name} is required: {field.metadata['help']}")
-    return config_class(**vars(values))
+    return config_class(**{name: value for name, value in vars(values).items() if value is not None})
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -143,11 +144,20 @@ def run(main: Callable[[], object]) -> typing.NoReturn:
 
 def flush(path: Path) -> None:
     """Wait until a file's bytes, or a directory's names, are on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # only POSIX systems open a directory
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Wait until no other process holds the directory; the lock goes when its holder ends, however it ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)
 

@@ -11,8 +11,6 @@ across shards. Run again after an interruption, the same command goes on after t
 from __future__ import annotations
 
 import ast
-import contextlib
-import fcntl
 import glob
 import json
 import math
@@ -37,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import DataError, Flags, UsageError, flag, parse_flags, replacing, run, sha256, write_json
+from common import DataError, Flags, UsageError, flag, locked, parse_flags, replacing, run, sha256, write_json
 from tokenizer import END_OF_TEXT, N_TOKENS, encoding
 
 DOCUMENTS_AT_ONCE = 256
@@ -50,7 +48,7 @@ Texts = list[str | None]
 class FinewebConfig(Flags):
     dataset: str = flag("HuggingFaceFW/fineweb-edu", "data set on the Hugging Face Hub")
     name: str = flag("sample-10BT", "the data set's configuration")
-    revision: str = flag("87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "the data set's revision")
+    revision: str = flag("87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "the data set's commit, of 40 hexadecimal digits")
     input: tuple[str, ...] = flag((), "local files instead: paths or globs of .parquet, .jsonl, .txt (one document)")
     sample: bool = flag(False, "the documentation that comes with Python instead")
     text_column: str = flag("text", "the column, or JSON key, that holds the text")
@@ -62,6 +60,14 @@ class FinewebConfig(Flags):
     def __post_init__(self) -> None:
         if self.sample and self.input:
             raise UsageError("--sample and --input are two sources: choose one")
+        if not re.fullmatch("[0-9a-f]{40}", self.revision):
+            raise UsageError(
+                f"--revision {self.revision} is not a commit of 40 hexadecimal digits, which never changes"
+            )
+        if self.dataset != FinewebConfig.dataset and self.revision == FinewebConfig.revision:
+            raise UsageError(f"--dataset {self.dataset} needs its own --revision")
+        if self.max_tokens and self.max_tokens <= self.tokens_per_shard:
+            raise UsageError(f"--max_tokens {self.max_tokens} fill no second shard: choose a --shard_size below it")
         super().__post_init__()
 
     @property
@@ -147,8 +153,10 @@ def hub_source(config: FinewebConfig) -> Source:
         logging.set_verbosity_error()  # of its retries; `attempt` says what they come to
         listing = f"list --dataset {config.dataset} --name {config.name} at --revision {config.revision}"
         load = partial(datasets.load_dataset_builder, config.dataset, config.name, revision=config.revision)
-        builder = attempt(listing, load)
-        return [partial(read, url, datasets.DownloadManager()) for url in builder.config.data_files["train"]]
+        urls = (attempt(listing, load).config.data_files or {}).get("train")
+        if not urls:
+            raise DataError(f"--dataset {config.dataset} --name {config.name} has no files to train on")
+        return [partial(read, url, datasets.DownloadManager()) for url in urls]
 
     def read(url: str, manager: Any) -> Iterable[Texts]:
         if Path(url).suffix not in READERS:
@@ -326,27 +334,17 @@ def load_manifest(directory: Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        begun = manifest["shards"][:-1] if manifest["complete"] else manifest["shards"]
+        positions = [Position(**{name: int(number) for name, number in shard["next"].items()}) for shard in begun]
         for number, shard in enumerate(manifest["shards"]):
-            last = manifest["complete"] and number == len(manifest["shards"]) - 1
-            after = None if last else Position(**shard["next"])
-            if shard["name"] != shard_name(number) or int(shard["tokens"]) < 1 or (last and shard["next"] != after):
+            whole = int(shard["tokens"]) > 0 and re.fullmatch("[0-9a-f]{64}", shard["sha256"])
+            if shard["name"] != shard_name(number) or not whole or len(positions) < len(begun):
                 raise ValueError(shard["name"])
         if manifest["complete"]:
             float(manifest["unigram_loss"]), int(manifest["tokens"]), int(manifest["documents"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(f"{path} is damaged: delete {directory} and build it again") from None
     return manifest
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Wait until no other process writes the directory; the lock goes when its holder ends, however it ends."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def open_manifest(directory: Path, settings: dict) -> dict:
@@ -358,8 +356,8 @@ def open_manifest(directory: Path, settings: dict) -> dict:
         return {**settings, "complete": False, "shards": []}
     for name, value in settings.items():
         if manifest.get(name) != value:
-            begun = f"--out {directory} was begun with {name} {manifest.get(name)}, not {value}"
-            raise UsageError(f"{begun}: choose another directory")
+            begun = f"{directory} was begun with {name} {manifest.get(name)}, not {value}"
+            raise UsageError(f"{begun}: delete it, or choose another directory with --out")
     return manifest
 
 

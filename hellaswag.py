@@ -22,7 +22,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import DataError, Flags, choose_device, flag, parse_flags, replacing, required, run, sha256
+from common import (
+    DataError,
+    Flags,
+    UsageError,
+    choose_device,
+    flag,
+    locked,
+    parse_flags,
+    replacing,
+    required,
+    run,
+    sha256,
+)
 from model import GPT
 from tokenizer import encode
 
@@ -54,18 +66,24 @@ class Example(NamedTuple):
 
 def download(path: Path = FILE) -> Path:
     """Fetch the official validation set unless it is there; raises DataError where that fails."""
-    if path.exists() and sha256(path) != SHA256:
-        raise DataError(f"{path} is not the official file (sha256): delete it, or give it with --data")
     try:
-        if not path.exists():
-            with replacing(path) as temporary, urllib.request.urlopen(URL, timeout=30) as response:
-                with open(temporary, "wb") as file:
-                    shutil.copyfileobj(response, file)
-                if sha256(temporary) != SHA256:
-                    raise OSError("its sha256 is not the expected one")
+        with locked(path.absolute().parent):  # another process may be fetching it
+            if not path.exists():
+                fetch(path)
     except (OSError, HTTPException) as error:
         raise DataError(f"cannot download {URL} ({error}): give a local copy with --data FILE") from None
+    if sha256(path) != SHA256:
+        raise DataError(f"{path} is not the official file (sha256): delete it, or give it with --data")
     return path
+
+
+def fetch(path: Path) -> None:
+    """Download the file; raises OSError or HTTPException, and leaves nothing, where it does not come whole."""
+    with replacing(path) as temporary, urllib.request.urlopen(URL, timeout=30) as response:
+        with open(temporary, "wb") as file:
+            shutil.copyfileobj(response, file)
+        if sha256(temporary) != SHA256:
+            raise OSError("its sha256 is not the expected one")
 
 
 def load(path: Path, limit: int | None = None) -> list[Example]:
@@ -86,17 +104,12 @@ def read_example(line: bytes, place: str) -> Example:
     """Encode one example; raises DataError where it is not one."""
     try:
         row = json.loads(line)
-        context, endings, label = encode(row["ctx"]), [encode(" " + ending) for ending in row["endings"]], row["label"]
-        if (
-            isinstance(row["endings"], str)
-            or len(endings) != ENDINGS
-            or int(label) not in range(ENDINGS)
-            or not context
-        ):
+        context, endings, label = row["ctx"], row["endings"], int(row["label"])
+        if not (context and isinstance(endings, list) and len(endings) == ENDINGS and label in range(ENDINGS)):
             raise ValueError("it needs a context, four endings, and a label from 0 to 3")
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        return Example(encode(context), [encode(" " + ending) for ending in endings], label)
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(f"{place}, is not a HellaSwag example: {error}") from None
-    return Example(context, endings, int(label))
 
 
 def batches(examples: list[Example]) -> Iterator[list[Example]]:
@@ -145,6 +158,8 @@ def count_correct(gpt: GPT, examples: list[Example], progress: bool = False) -> 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_flags(HellaswagConfig, argv, __doc__)
+    if config.data and not Path(config.data).is_file():
+        raise UsageError(f"--data {config.data}: no such file")
     gpt = GPT.from_pretrained(config.model).to(choose_device(config.device))
     examples = load(Path(config.data) if config.data else download(), config.limit)
     acc, acc_norm = (int(correct) for correct in count_correct(gpt, examples, progress=True))

@@ -134,10 +134,10 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def check_ids(self, idx: Tensor) -> None:
-        """Raise ValueError unless every id is one of the vocabulary's."""
+        """Raise DataError, a ValueError, unless every id is one of the vocabulary's."""
         low, high = (int(bound) for bound in idx.aminmax())
         if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(f"token ids from {low} to {high} do not fit vocab_size {self.config.vocab_size}")
+            raise DataError(f"token ids from {low} to {high} do not fit vocab_size {self.config.vocab_size}")
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, V) for token ids (B, T), and with targets (B, T) their mean cross-entropy in nats.
@@ -254,7 +254,6 @@ IMPLEMENTED = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
-    "n_inner": None,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
@@ -284,13 +283,12 @@ def read_config(path: Path) -> GPTConfig:
     """Read the sizes from config.json; raises DataError for a network that this program does not compute."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [name for name, value in IMPLEMENTED.items() if settings.get(name, value) != value]
         names = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         config = GPTConfig(**{ours: int(settings[theirs]) for ours, theirs in names.items()})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise DataError(f"{path} is not the configuration of a GPT-2: {error}") from None
-    if wrong:
-        raise DataError(
-            f"{path} asks for {wrong[0]} {settings[wrong[0]]!r}; only {IMPLEMENTED[wrong[0]]!r} is implemented"
-        )
+    for name, value in (IMPLEMENTED | {"n_inner": 4 * config.n_embd}).items():
+        asked = settings.get(name, value)
+        if asked != value and not (name == "n_inner" and asked is None):
+            raise DataError(f"{path} asks for {name} {asked!r}; this program has only {value!r}")
     return config

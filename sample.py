@@ -22,7 +22,7 @@ class SampleConfig(Flags):
     max_new_tokens: int = flag(64, "tokens in each continuation", least=1)
     temperature: float = flag(1.0, "below 1 safer, above 1 wilder, 0 always the likeliest token")
     top_k: int = flag(50, "draw from this many likeliest tokens only", least=1)
-    seed: int = flag(42, "of the random draws")
+    seed: int = flag(42, "seed of the random draws")
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
 
     def __post_init__(self) -> None:

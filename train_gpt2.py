@@ -94,17 +94,17 @@ class TrainConfig(Flags):
     """What a run does. A field marked `fixed` alters its results beyond rounding: a resumed run must keep it."""
 
     model: str | None = flag(None, "size (default: gpt2 on a CUDA device, else debug)", choices=[*PRESETS], fixed=True)
-    data_dir: str | None = flag(None, f"of shards (default: {FULL_DATA}; for debug without it, {SAMPLE_DATA})")
+    data_dir: str | None = flag(None, f"shards (default: {FULL_DATA}; for debug without it, {SAMPLE_DATA})")
     out_dir: str = flag("log", "directory of the checkpoints, log.jsonl and loss.png")
     resume: bool = flag(False, "go on from the newest checkpoint in out_dir, if there is one")
 
     batch_size: int | None = by_model("batch_size", "sequences in a micro-batch; fewer if memory runs out", least=1)
     block_size: int | None = flag(None, "tokens in a sequence (default: the model's, the most)", fixed=True, least=1)
     total_batch_size: int | None = by_model("total_batch_size", "tokens in an optimizer step", fixed=True, least=1)
-    initial_batch_size: int | None = flag(None, "the same at first, and the ramp's unit", fixed=True, least=1)
+    initial_batch_size: int | None = flag(None, "total_batch_size at first (default: no ramp)", fixed=True, least=1)
     batch_ramp_tokens: int = flag(0, "tokens over which steps grow to total_batch_size; 0: no ramp", fixed=True)
     shuffle: bool = flag(False, "visit the rows in random order in the first epoch too", fixed=True)
-    seed: int = flag(1337, "of the initial weights and the order of the rows", fixed=True)
+    seed: int = flag(1337, "seed of the initial weights and the order of the rows", fixed=True)
 
     max_steps: int | None = by_model("max_steps", "optimizer steps of the whole run", least=1)
     warmup_steps: int | None = by_model("warmup_steps", "optimizer steps of linear warm-up", fixed=True)
@@ -113,7 +113,7 @@ class TrainConfig(Flags):
     optimizer: str = flag("adamw", "the optimizer", choices=["adamw"], fixed=True)
     beta1: float = flag(0.9, "decay of AdamW's mean of gradients", fixed=True)
     beta2: float = flag(0.95, "decay of AdamW's mean of squared gradients", fixed=True)
-    weight_decay: float = flag(0.1, "of matrices; biases and norms have none", fixed=True)
+    weight_decay: float = flag(0.1, "decay of matrices; biases and norms have none", fixed=True)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: any", fixed=True)
 
     eval_every: int | None = by_model("eval_every", "optimizer steps between validations; 0: none")
@@ -131,7 +131,8 @@ class TrainConfig(Flags):
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     """Fill in the defaults that depend on the device and the model."""
     model = config.model or ("gpt2" if device.type == "cuda" else "debug")
-    full = model != "debug" or any(Path(FULL_DATA).glob("*.npy"))
+    manifest = fineweb.load_manifest(Path(FULL_DATA)) or {"complete": any(Path(FULL_DATA).glob("*.npy"))}
+    full = model != "debug" or manifest["complete"]
     defaults = RECIPES[model]._asdict() | {
         "model": model,
         "data_dir": FULL_DATA if full else SAMPLE_DATA,
@@ -162,7 +163,7 @@ def validate(config: TrainConfig, processes: int) -> None:
         value = getattr(config, name)
         if value % micro:
             factors = f"--batch_size {config.batch_size} x --block_size {config.block_size} x {processes} process(es)"
-            raise UsageError(f"--{name} {value} is not a multiple of {factors} = {micro}")
+            raise UsageError(f"--{name} {value} is not a multiple of {factors} = {micro}: change one of them")
     if config.initial_batch_size > config.total_batch_size:
         raise UsageError(f"--initial_batch_size {config.initial_batch_size} is more than --total_batch_size")
     if (config.initial_batch_size < config.total_batch_size) != (config.batch_ramp_tokens > 0):

@@ -4,12 +4,17 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import ROOT
 
 import fineweb
 from common import sha256
@@ -164,6 +169,35 @@ def test_an_interrupted_build_ends_in_the_same_bytes(tmp_path, monkeypatch, mome
         assert path.read_bytes() == (tmp_path / "torn" / path.name).read_bytes(), path.name
 
 
+def children_of(parent):
+    """The processes that a process has started."""
+    fields = {
+        path.parent.name: path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")
+    }
+    return [int(number) for number, values in fields.items() if int(values[1]) == parent]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_killed_build_leaves_no_process_and_ends_in_the_same_bytes(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE * 2000)
+    command = [sys.executable, ROOT / "fineweb.py", "--input", "a.jsonl", "--shard_size", "50000", "--workers", "2"]
+    subprocess.run([*command, "--out", "whole"], check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--out", "torn"])
+    while not (tmp_path / "torn" / "edufineweb_train_000005.npy").exists():
+        time.sleep(0.01)
+    workers = children_of(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) >= 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert not json.loads((tmp_path / "torn" / "manifest.json").read_text())["complete"]
+    subprocess.run([*command, "--out", "torn"], check=True, stdout=subprocess.DEVNULL)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "torn" / path.name).read_bytes(), path.name
+
+
 def test_a_finished_directory_is_left_alone(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
     build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
@@ -250,7 +284,9 @@ def test_damaged_sources_are_refused_by_name(tmp_path):
 def test_blank_lines_and_byte_order_marks_are_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\n\n  \n{"text": "two"}\n\n')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
-    build("--input", "a.jsonl", "b.txt", "a.jsonl", "*.jsonl", "--shard_size", 2, "--out", "out")  # each file once
+    build(
+        "--input", "a.jsonl", "--input", "b.txt", "a.jsonl", "*.jsonl", "--shard_size", 2, "--out", "out"
+    )  # each file once
     assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected_tokens(["one", "two", "three"])
 
 

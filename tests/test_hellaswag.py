@@ -5,6 +5,7 @@ import http.server
 import json
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -184,6 +185,17 @@ def test_the_trainer_scores_as_the_script_does(server, config, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert f"acc {scores[-1]['hellaswag_acc']:.4f}" in printed
     assert f"acc_norm {scores[-1]['hellaswag_acc_norm']:.4f}" in printed
+
+
+def test_processes_share_the_examples_and_the_download(server, config, monkeypatch):
+    whole = hellaswag.load(hellaswag.download())
+    hellaswag.FILE.unlink()
+    monkeypatch.setattr(train_gpt2.World, "sum", lambda world, values: values)  # as if the others had no trouble
+    worlds = [train_gpt2.World(rank, 3, torch.device("cpu"), local_rank=0) for rank in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        shares = list(pool.map(lambda world: train_gpt2.load_hellaswag(config, world), worlds))
+    assert server.requests == 2 and sorted(sum(shares, [])) == sorted(whole)
+    assert [len(share) for share in shares] == [3, 3, 2]
 
 
 def test_without_the_file_training_says_so_once_and_goes_on(server, config, tmp_path, capsys):

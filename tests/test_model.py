@@ -134,6 +134,7 @@ def test_openais_layout_without_prefix_and_with_masks_loads_too(tmp_path):
         ("scale_attn_by_inverse_layer_idx", True),
         ("tie_word_embeddings", False),
         ("model_type", "gpt_neo"),
+        ("n_inner", 100),
     ],
 )
 def test_a_network_that_is_not_gpt2s_is_refused_by_name(tmp_path, name, value):

@@ -13,21 +13,12 @@ HEADING = "### `{}`\n"
 def table(config_class):
     """The table of flags that README holds for a script."""
     lines = ["| flag | meaning | default |", "|---|---|---|"]
+    plain = {dataclasses.MISSING: "required", (): ""}
     for field in dataclasses.fields(config_class):
         text, _, default = field.metadata["help"].partition(" (default: ")
-        name = field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
-        shown = (
-            default.rstrip(")")
-            if default
-            else (
-                ""
-                if field.default in (None, ())
-                else "required"
-                if field.default is dataclasses.MISSING
-                else f"`{field.default}`"
-            )
-        )
-        lines.append(f"| `{name}` | {text} | {shown} |")
+        assert default or field.default is not None, f"the help of {field.name} does not tell its default"
+        shown = default.rstrip(")") or plain.get(field.default, f"`{field.default}`")
+        lines.append(f"| `--{field.name}` | {text} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
