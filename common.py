@@ -139,6 +139,10 @@ def run(main: Callable[[], object]) -> typing.NoReturn:
         status, message = 130, "interrupted" if first else ""
     if message:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    if rank is not None:  # a process group's threads may abort or hang an interpreter that ends in its own way
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
