@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import glob
+import itertools
 import json
 import math
 import multiprocessing
@@ -240,19 +241,12 @@ class Piece(NamedTuple):
 def read_batches(source: Source, start: Position) -> Iterator[tuple[Position, list[str]]]:
     """The source's documents from that of `start` on, in batches, with the place where each batch begins."""
     for file, read in list(enumerate(source.open()))[start.file :]:
-        first = start.document if file == start.file else 0
-        batch, document = [], 0
-        for texts in read():
-            for text in texts:
-                if text is not None:
-                    document += 1
-                    if document > first:
-                        batch.append(text)
-            if len(batch) >= DOCUMENTS_AT_ONCE:
-                yield Position(file, document - len(batch)), batch
-                batch = []
-        if batch:
-            yield Position(file, document - len(batch)), batch
+        document = start.document if file == start.file else 0
+        texts = (text for some in read() for text in some if text is not None)
+        texts = itertools.islice(texts, document, None)
+        while batch := list(itertools.islice(texts, DOCUMENTS_AT_ONCE)):
+            yield Position(file, document), batch
+            document += len(batch)
 
 
 def encode_text(text: str) -> np.ndarray:
