@@ -1,5 +1,5 @@
 PYTHON ?= python3
-.PHONY: demo test
+.PHONY: demo test test-slow
 
 # The package index has CUDA builds of torch for Linux; they run on a CPU as well
 .venv/demo: requirements.txt
@@ -16,5 +16,7 @@ demo: .venv/demo
 	.venv/bin/python sample.py --checkpoint "$$(ls -d demo/step_?????? | tail -n 1)"
 
 test: .venv/test
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -m "not slow"
 
+test-slow: .venv/test
+	.venv/bin/python -m pytest -q -m slow

@@ -247,7 +247,7 @@ def build_sample(world: World) -> None:
     manifest = fineweb.load_manifest(Path(SAMPLE_DATA))
     if world.leader and not (manifest and manifest["complete"]):
         world.print(f"building {SAMPLE_DATA} from Python's documentation")
-        fineweb.build(fineweb.FinewebConfig(sample=True, workers=1))
+        fineweb.build(fineweb.FinewebConfig(sample=True, encoder="tiktoken", workers=1))
     world.wait()
 
 

@@ -19,6 +19,10 @@ WORDS = (
 )
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes, and is run by `make test-slow`")
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """Each test runs in an empty directory of its own."""

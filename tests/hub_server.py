@@ -9,8 +9,8 @@ import urllib.parse
 from pathlib import PurePosixPath
 
 
-def entry(path, content):
-    oid, size = hashlib.sha256(content).hexdigest(), len(content)
+def entry(path, content, wrong):
+    oid, size = hashlib.sha256(b"other" if wrong else content).hexdigest(), len(content)
     lfs = {"oid": oid, "size": size, "pointerSize": 134}
     return {"type": "file", "path": path, "size": size, "oid": oid[:40], "lfs": lfs}
 
@@ -40,17 +40,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         names = sorted({"/".join(path.parts[:depth]) for path in inside})
         contents = {name: self.server.files.get(name) for name in names}
         return [
-            {"type": "directory", "path": n, "oid": "0" * 40} if c is None else entry(n, c) for n, c in contents.items()
+            {"type": "directory", "path": name, "oid": "0" * 40}
+            if content is None
+            else entry(name, content, name in self.server.wrong)
+            for name, content in contents.items()
         ]
 
     def answer(self, content, headers=None, status=200):
+        headers, size = headers or {}, len(content)
+        if wanted := self.headers.get("Range"):  # "bytes=1000-": what a download that broke off lacks
+            start = int(wanted.removeprefix("bytes=").split("-")[0])
+            content, status = content[start:], 206
+            headers = headers | {"Content-Range": f"bytes {start}-{size - 1}/{size}"}
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in (headers | {"Content-Length": str(len(content)), "Accept-Ranges": "bytes"}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[: self.server.sent] if len(content) > 1000 else content)
+            breaks = size > 1000 and self.server.breaks > 0
+            self.server.breaks -= breaks
+            self.wfile.write(content[:1000] if breaks else content)
 
     def log_message(self, *_):
         pass
@@ -61,7 +70,8 @@ def serve(repo, revision, files):
     """Serve one data set on 127.0.0.1; yields the server, whose `url` is the HF_ENDPOINT to use."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repo, server.revision, server.files, server.requests = repo, revision, files, []
-    server.sent = None  # bytes of a large file after which the connection breaks off
+    server.breaks = 0  # how many answers of over 1,000 bytes break off after those
+    server.wrong = set()  # files that are listed with a hash which is not theirs
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -1,9 +1,13 @@
 """Shards hold exactly the source's tokens, whatever the documents, the sizes, the processes and the interruptions."""
 
+import contextlib
+import errno
+import importlib.util
 import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +18,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
+from conftest import ROOT, WORDS, run_script
 
 import fineweb
 from common import sha256
-from tokenizer import END_OF_TEXT, decode, encode, encoding
+from tokenizer import END_OF_TEXT, decode, encode
 
 STRANGE = [
     "An ordinary document.",
@@ -125,11 +129,9 @@ def test_another_column_can_hold_the_text(tmp_path):
 def test_spawned_processes_write_the_same_bytes_as_one(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE * 300)
     for workers in (1, 2):
-        flags = ["--input", "a.jsonl", "--shard_size", "20000", "--out", f"w{workers}", "--workers", str(workers)]
-        fineweb.main(flags)
-    files = sorted(path.name for path in (tmp_path / "w1").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "w2").iterdir())
-    assert all((tmp_path / "w1" / name).read_bytes() == (tmp_path / "w2" / name).read_bytes() for name in files)
+        flags = ["--input", "a.jsonl", "--shard_size", "20000", "--out", f"w{workers}", "--encoder", "tiktoken"]
+        fineweb.main([*flags, "--workers", str(workers)])
+    assert contents(tmp_path / "w1") == contents(tmp_path / "w2")
 
 
 def test_max_tokens_cuts_the_stream(tmp_path):
@@ -138,6 +140,11 @@ def test_max_tokens_cuts_the_stream(tmp_path):
     for limit in (1001, 2000, len(expected), 10 * len(expected)):
         build("--input", "a.jsonl", "--shard_size", 1000, "--max_tokens", limit, "--out", f"out{limit}")
         assert np.concatenate(read_directory(tmp_path / f"out{limit}")[1]).tolist() == expected[:limit]
+
+
+def contents(directory):
+    """The files of a directory, with their bytes."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 class Interrupted(Exception):
@@ -165,8 +172,7 @@ def test_an_interrupted_build_ends_in_the_same_bytes(tmp_path, monkeypatch, mome
         build(*flags, "--out", "torn")
     monkeypatch.setattr(os, "replace", replace)
     build(*flags, "--out", "torn")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "torn" / path.name).read_bytes(), path.name
+    assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
 
 
 def children_of(parent):
@@ -186,6 +192,7 @@ def alive(processes):
 def test_a_killed_build_leaves_no_process_and_ends_in_the_same_bytes(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE * 2000)
     command = [sys.executable, ROOT / "fineweb.py", "--input", "a.jsonl", "--shard_size", "50000", "--workers", "2"]
+    command += ["--encoder", "tiktoken"]
     subprocess.run([*command, "--out", "whole"], check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen([*command, "--out", "torn"])
     while not (tmp_path / "torn" / "edufineweb_train_000005.npy").exists():
@@ -199,8 +206,7 @@ def test_a_killed_build_leaves_no_process_and_ends_in_the_same_bytes(tmp_path):
     assert len(workers) >= 2 and not alive(workers)
     assert not json.loads((tmp_path / "torn" / "manifest.json").read_text())["complete"]
     subprocess.run([*command, "--out", "torn"], check=True, stdout=subprocess.DEVNULL)
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "torn" / path.name).read_bytes(), path.name
+    assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
 
 
 def test_a_finished_directory_is_left_alone(tmp_path):
@@ -314,18 +320,226 @@ def test_a_begun_directory_keeps_its_settings_and_its_shards(tmp_path):
     (tmp_path / "out" / "manifest.json").unlink()
     with pytest.raises(fineweb.UsageError, match="manifest"):
         build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
-    for damaged in (
-        '{"shards": 3',
-        "[]",
-        '{"complete": true, "shards": [{"name": "x"}]}',
-        '{"complete": 1, "shards": []}',
-    ):
-        (tmp_path / "out" / "manifest.json").write_text(damaged)
-        with pytest.raises(fineweb.DataError, match="manifest"):
-            build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
 
 
-def test_fast_encoding_equals_encode_ordinary():
-    texts = [text for text in STRANGE if text is not None]
-    piece = fineweb.encode_batch(fineweb.Position(), texts)
-    assert piece.tokens.tolist() == [t for text in texts for t in [END_OF_TEXT, *encoding().encode_ordinary(text)]]
+def test_a_manifest_that_was_changed_by_hand_is_refused(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    path = tmp_path / "out" / "manifest.json"
+    whole = path.read_text()
+    moved = re.sub(r'"token": (\d+)', lambda found: f'"token": {int(found[1]) + 1}', whole, count=1)
+    for damaged in ("", "[]", '{"shards": 3', "{}", whole[:-20], moved):
+        path.write_text(damaged)
+        for flags in (["--verify", "out"], ["--input", "a.jsonl", "--shard_size", 1000, "--out", "out"]):
+            with pytest.raises(fineweb.DataError, match=r"manifest\.json was changed"):
+                build(*flags)
+    path.write_text(whole)
+    build("--verify", "out")
+
+
+def test_verify_reads_every_shard_again(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    shard = tmp_path / "out" / "edufineweb_train_000002.npy"
+    whole = shard.read_bytes()
+    build("--verify", "out")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("out: 7 documents")
+    flipped = bytearray(whole)
+    flipped[1000] ^= 1
+    for content in (bytes(flipped), whole[:-2], b"", None):
+        shard.unlink()
+        if content is not None:
+            shard.write_bytes(content)
+        with pytest.raises(fineweb.DataError, match="edufineweb_train_000002.npy"):
+            build("--verify", "out")
+    shard.write_bytes(whole)
+    (tmp_path / "out" / "edufineweb_train_000009.npy").write_bytes(whole)
+    with pytest.raises(fineweb.DataError, match="edufineweb_train_000009.npy"):
+        build("--verify", "out")
+    with pytest.raises(fineweb.DataError, match=r"no manifest\.json"):
+        build("--verify", ".")
+
+
+def test_an_unfinished_directory_does_not_verify_and_a_changed_shard_in_it_is_refused(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    flags = ["--input", "a.jsonl", "--shard_size", 1000, "--out", "out"]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(fineweb, "summary", lambda counts: 1 / 0)
+        build(*flags)
+    with pytest.raises(fineweb.DataError, match="not complete"):
+        build("--verify", "out")
+    shard = tmp_path / "out" / "edufineweb_train_000001.npy"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(fineweb.DataError, match="edufineweb_train_000001.npy"):
+        build(*flags)
+    shard.write_bytes(whole)
+    build(*flags)
+    build("--verify", "out")
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_full_disk_is_one_line_and_leaves_the_shards_before_it(tmp_path, monkeypatch, number):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    flags = ["--input", "a.jsonl", "--shard_size", 1000]
+    build(*flags, "--out", "whole")
+    save = np.save
+
+    def save_some(file, tokens):
+        if fineweb.shard_name(number) in file.name:
+            file.write(bytes(100))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(file, tokens)
+
+    with monkeypatch.context() as patch, pytest.raises(fineweb.DataError, match="No space left.*same command again"):
+        patch.setattr(np, "save", save_some)
+        build(*flags, "--out", "torn")
+    assert len(list((tmp_path / "torn").glob("*.npy"))) == number and not list((tmp_path / "torn").glob(".*"))
+    build(*flags, "--out", "torn")
+    assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/inside", "/proc/inside"):
+        finished = run_script("fineweb.py", "--input", "a.jsonl", "--shard_size", 1000, "--out", out)
+        assert finished.returncode == 1 and out in finished.stderr and len(finished.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoder", ["gigatoken", "tiktoken"])
+def test_either_encoder_gives_the_tokens_of_encode_ordinary(tmp_path, encoder):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out", "--encoder", encoder)
+    assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected_tokens(STRANGE)
+
+
+def test_auto_takes_gigatoken_where_it_is_installed(tmp_path, monkeypatch, capsys):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "with")
+    assert "encoding with gigatoken" in capsys.readouterr().out
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "without")
+    assert "encoding with tiktoken" in capsys.readouterr().out
+    assert contents(tmp_path / "with") == contents(tmp_path / "without")
+    with pytest.raises(fineweb.UsageError, match="--encoder gigatoken is not installed"):
+        build("--input", "a.jsonl", "--shard_size", 1000, "--out", "refused", "--encoder", "gigatoken")
+
+
+@pytest.mark.parametrize("document", [0, 4, 6])
+def test_a_token_that_tiktoken_would_not_give_stops_the_run_and_names_the_document(tmp_path, monkeypatch, document):
+    texts = [f"The text of document {number}" for number in range(8)]
+    texts[4] += " is the longest of all"  # the first of every few is checked too
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    load = fineweb.load_gigatoken
+
+    class Wrong:
+        def encode_batch(self, batch):
+            encoded = load().encode_batch(batch)
+            encoded.layout.content.data[encoded.layout.offsets.data[document]] += 1
+            return encoded
+
+    monkeypatch.setattr(fineweb, "load_gigatoken", Wrong)
+    with pytest.raises(fineweb.DataError, match=rf"document {document} of a\.jsonl.*--encoder tiktoken"):
+        build("--input", "a.jsonl", "--shard_size", 10, "--out", "out", "--encoder", "gigatoken")
+    build("--input", "a.jsonl", "--shard_size", 10, "--out", "out", "--encoder", "tiktoken")
+    assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected_tokens(texts)
+
+
+def test_a_text_that_tiktoken_cannot_take_is_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["fine", "\n" * 1_000_000 + "x"])
+    for encoder in ("gigatoken", "tiktoken"):
+        with pytest.raises(fineweb.DataError, match=r"tiktoken cannot encode document 1 of a\.jsonl"):
+            build("--input", "a.jsonl", "--shard_size", 10, "--out", "out", "--encoder", encoder)
+
+
+ODD = "  \n\t\r\x0b\x1c\x1f\x85\xa0\u1680\u2003\u2028\u3000\u200b\u00adab'sé你🙂.0١²"
+
+
+def test_long_texts_are_parted_only_where_no_token_reaches_across():
+    generator = random.Random(0)
+    parted = 0
+    for _ in range(3000):
+        text = "".join(generator.choices(ODD, k=generator.randrange(60))).encode()
+        size = generator.randrange(1, 12)
+        parts = list(fineweb.split_parts(text[at : at + size] for at in range(0, len(text), size)))
+        assert b"".join(parts) == text and all(parts[1:])
+        assert [token for part in parts for token in encode(part.decode())] == encode(text.decode())
+        parted += len(parts) > 1
+    assert parted > 1000
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_a_document_that_is_read_in_parts_gives_the_same_shards_also_when_interrupted(tmp_path, monkeypatch, kind):
+    generator = random.Random(0)
+    texts = ["short", "".join(generator.choices(ODD + 20 * " word", k=20_000)), "", "another  " * 2000, "end"]
+    if kind == "txt":
+        for number, text in enumerate(texts):
+            (tmp_path / f"{number}.txt").write_bytes(text.encode())
+    else:
+        {"jsonl": write_jsonl, "parquet": write_parquet}[kind](tmp_path / f"a.{kind}", texts)
+    flags = ["--input", f"*.{kind}", "--shard_size", 1500]
+    build(*flags, "--out", "whole")
+    assert np.concatenate(read_directory(tmp_path / "whole")[1]).tolist() == expected_tokens(texts)
+    monkeypatch.setattr(fineweb, "LONGEST_TEXT", 1000)
+    monkeypatch.setattr(fineweb, "BATCH_BYTES", {"gigatoken": 3000, "tiktoken": 3000})
+    save, stop_at = fineweb.save_manifest, 0
+
+    def interrupted(directory, manifest):
+        save(directory, manifest)
+        if len(manifest["shards"]) == stop_at:
+            raise Interrupted
+
+    monkeypatch.setattr(fineweb, "save_manifest", interrupted)
+    for stop_at in range(1, len(read_directory(tmp_path / "whole")[1])):  # one more shard each time
+        with pytest.raises(Interrupted):
+            build(*flags, "--out", "parts", "--encoder", ["tiktoken", "gigatoken"][stop_at % 2])
+    monkeypatch.setattr(fineweb, "save_manifest", save)
+    build(*flags, "--out", "parts")
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_25_kills_at_random_moments_end_in_the_same_bytes(tmp_path):
+    generator = random.Random(0)
+    write_parquet(tmp_path / "a.parquet", [" ".join(generator.choices(WORDS, k=400)) for _ in range(20_000)])
+    command = [sys.executable, ROOT / "fineweb.py", "--input", "a.parquet", "--shard_size", "40000"]
+    began = time.monotonic()
+    subprocess.run([*command, "--out", "whole"], check=True, stdout=subprocess.DEVNULL)
+    longest = time.monotonic() - began
+    kills = {"gigatoken": 0, "tiktoken": 0}
+    attempt = 0
+    while min(kills.values()) < 25:
+        encoder = min(kills, key=kills.get)
+        process = subprocess.Popen([*command, "--out", f"torn{attempt}", "--encoder", encoder])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(generator.uniform(0, longest))
+        kills[encoder] += process.poll() is None
+        process.kill()
+        process.wait()
+        manifest = tmp_path / f"torn{attempt}" / "manifest.json"
+        if manifest.exists() and json.loads(manifest.read_text())["complete"]:
+            assert contents(tmp_path / f"torn{attempt}") == contents(tmp_path / "whole")
+            attempt += 1
+    if attempt == 0 or (tmp_path / f"torn{attempt}").exists():
+        subprocess.run([*command, "--out", f"torn{attempt}"], check=True, stdout=subprocess.DEVNULL)
+        assert contents(tmp_path / f"torn{attempt}") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["txt", "parquet"])
+def test_memory_stays_under_2_gib(tmp_path, kind):
+    """With 100M-token shards: one text file of 1.2 GB, or many documents of 20 MB in one row group."""
+    generator = random.Random(0)
+    text = "\n".join(" ".join(generator.choices(WORDS, k=50)) for _ in range(100_000))
+    if kind == "txt":
+        with open(tmp_path / "a.txt", "w") as file:
+            for _ in range(1_200_000_000 // len(text)):
+                file.write(text)
+    else:
+        write_parquet(tmp_path / "a.parquet", [text] * (1_200_000_000 // len(text)), row_group_size=1000)
+    script = f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import fineweb; fineweb.main(); "
+    script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    command = [sys.executable, "-c", script, "--input", f"a.{kind}", "--out", "out"]
+    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(finished.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024) < 2 * 2**30

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import io
 import json
 import os
 import shutil
@@ -10,10 +9,6 @@ import socket
 import subprocess
 import sys
 
-import hub_server
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from conftest import ROOT, run_script
 
@@ -23,7 +18,6 @@ import hellaswag
 import plot
 import sample
 import train_gpt2
-from tokenizer import END_OF_TEXT, encode
 
 SCRIPTS = {
     "fineweb.py": fineweb.FinewebConfig,
@@ -245,56 +239,3 @@ def test_a_checkpoint_can_be_sampled_scored_and_drawn(make_shards, tmp_path):
     drawn = run_script("plot.py", "log")
     assert drawn.returncode == 0 and drawn.stdout.strip() == "log/loss.png"
     assert (tmp_path / "log" / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_full_data_set_comes_from_the_hub_at_its_pinned_revision(tmp_path):
-    def parquet(texts):
-        buffer = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "url": ["x"] * len(texts)}), buffer)
-        return buffer.getvalue()
-
-    def card(name, path):
-        return f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n"
-
-    config, texts = fineweb.FinewebConfig(), [f"document {number}" for number in range(900)]
-    files = {
-        "README.md": f"---\nconfigs:\n{card('default', 'data/*')}{card('sample-10BT', 'sample/10BT/*')}---\n".encode(),
-        "data/0.parquet": parquet(["not this"] * 100),
-        "sample/10BT/000_00000.parquet": parquet(texts[:500]),
-        "sample/10BT/001_00000.parquet": parquet(texts[500:]),
-    }
-    with hub_server.serve(config.dataset, config.revision, files) as server:
-        env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
-        finished = run_script("fineweb.py", "--shard_size", "1000", "--workers", "1", env=env)
-    assert finished.returncode == 0, finished.stderr
-    manifest = json.loads((tmp_path / "edu_fineweb10B" / "manifest.json").read_text())
-    tokens = [np.load(tmp_path / "edu_fineweb10B" / shard["name"]) for shard in manifest["shards"]]
-    expected = [token for text in texts for token in [END_OF_TEXT, *encode(text)]]
-    assert np.concatenate(tokens).tolist() == expected
-    assert manifest["source"]["revision"] == config.revision and len(config.revision) == 40
-    assert "900 documents" in finished.stdout
-
-
-def test_a_hub_that_breaks_off_or_holds_other_files_is_one_line(tmp_path):
-    config = fineweb.FinewebConfig()
-    card = "---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/*\n---\n"
-    for name, content, sent, says in [
-        ("0.parquet", b"x" * 10_000, 1000, "cannot download"),
-        ("0.parquet", b"x" * 10_000, None, "not a whole parquet file"),
-        ("0.jsonl.gz", b"x", None, "0.jsonl.gz"),
-    ]:
-        files = {"README.md": card.encode(), f"sample/{name}": content}
-        with hub_server.serve(config.dataset, config.revision, files) as server:
-            server.sent = sent
-            env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / f"cache{sent}{name}")}
-            finished = run_script("fineweb.py", "--workers", "1", env=env)
-        assert finished.returncode == 1 and says in finished.stderr, finished.stderr
-        assert len(finished.stderr.strip().splitlines()) == 1, finished.stderr
-
-
-def test_without_a_network_the_hub_is_one_line_and_nothing_is_lost(tmp_path):
-    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    finished = run_script("fineweb.py", env=env)
-    assert finished.returncode == 1
-    assert "HuggingFaceFW/fineweb-edu" in finished.stderr and "--input" in finished.stderr
-    assert len(finished.stderr.strip().splitlines()) == 1, finished.stderr

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import fineweb
 import plot
 import train_gpt2
 from common import DataError, UsageError
@@ -469,7 +470,7 @@ def test_missing_and_damaged_shards_are_named(config, tmp_path):
 def test_incomplete_shards_are_refused(config, tmp_path):
     manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
     manifest["shards"][-1]["next"] = {"file": 0, "document": 1, "token": 1}
-    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    fineweb.save_manifest(tmp_path / "shards", manifest | {"complete": False})
     with pytest.raises(DataError, match="not complete"):
         train(config)
 
