@@ -47,7 +47,6 @@ from tqdm import tqdm
 from common import DataError, Flags, UsageError, flag, locked, parse_flags, replacing, run, sha256, write_json
 from tokenizer import END_OF_TEXT, N_TOKENS, encoding
 
-ROWS_AT_ONCE = 64
 LONGEST_TEXT = 1 << 20  # bytes; longer documents are encoded in parts
 # Up to the last space or line feed that follows neither white space nor what Unicode calls so: no token of GPT-2
 # reaches across its beginning
@@ -320,12 +319,32 @@ def read_parquet(path: Path, column: str) -> Iterator[list[Document]]:
             kind = file.schema_arrow.field(column).type
             if (kind.value_type if pyarrow.types.is_dictionary(kind) else kind) not in TEXT_TYPES:
                 raise not_text(path, column, kind)
-            for rows in file.iter_batches(ROWS_AT_ONCE, columns=[column], use_threads=False):
-                texts = rows.column(0).cast(pyarrow.large_string())
-                texts.validate(full=True)  # that it is UTF-8
-                yield texts.cast(pyarrow.large_binary()).to_pylist()
+            for group in range(file.num_row_groups):
+                size = rows_at_once(file.metadata.row_group(group), column)
+                rows = file.iter_batches(size, row_groups=[group], columns=[column], use_threads=False)
+                yield from map(row_texts, rows)  # and not a loop, whose variable would keep the rows before
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a whole parquet file ({error}): get it again") from None
+
+
+def row_texts(rows: Any) -> list[Document]:
+    """The texts of some rows that have one column; raises pyarrow's error where they are not UTF-8."""
+    import pyarrow
+
+    texts = rows.column(0).cast(pyarrow.large_string())
+    texts.validate(full=True)
+    return texts.cast(pyarrow.large_binary()).to_pylist()
+
+
+def rows_at_once(group: Any, column: str) -> int:
+    """How many rows of a parquet row group to read together: 64, or as many as come to 64 MiB of text."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    texts = next(some for some in columns if some.path_in_schema == column)
+    longest = texts.total_uncompressed_size / max(1, group.num_rows)
+    if texts.has_dictionary_page:  # any row may be as long as the whole dictionary
+        share = (texts.data_page_offset - texts.dictionary_page_offset) / max(1, texts.total_compressed_size)
+        longest = max(longest, share * texts.total_uncompressed_size)
+    return max(1, min(64, int((64 << 20) / max(1, longest))))
 
 
 def read_jsonl(path: Path, column: str) -> Iterator[list[Document]]:
@@ -727,7 +746,8 @@ def verify(directory: Path) -> dict:
     present = {path.name: path for path in directory.iterdir() if SHARD_NAME.fullmatch(path.name)}
     bar = tqdm(listed, unit=" shards", disable=None)
     wrong = [name for name in bar if name not in present or sha256(present[name]) != listed[name]]
-    wrong += sorted(present.keys() - listed.keys())
+    if manifest["complete"]:  # a run that was killed may have written a shard more
+        wrong += sorted(present.keys() - listed.keys())
     if wrong:
         raise DataError(f"{directory}: not as manifest.json lists: {', '.join(wrong)}; restore, or build again")
     if not manifest["complete"]:

@@ -14,21 +14,21 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:1] = [ROOT]  # not this folder, where this file would be taken for the standard library's tokenize
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import platform
-import resource
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 import fineweb
 import tokenizer
@@ -77,25 +77,33 @@ def plain(paths: list[Path], out: Path, shard_size: int, workers: int) -> None:
     np.save(out / fineweb.shard_name(number), shard[:filled])
 
 
-def work(way: str, paths: list[Path], out: Path, shard_size: int, workers: int, peak: Connection) -> None:
-    """Do one way, in this process; sends the peak memory of it and all its workers, in bytes."""
+def work(way: str, paths: list[Path], out: Path, shard_size: int, workers: int) -> None:
+    """Do one way, in this process."""
     if way == "plain":
         plain(paths, out, shard_size, workers)
     else:
         settings = {"input": tuple(map(str, paths)), "out": str(out), "shard_size": shard_size}
         fineweb.build(fineweb.FinewebConfig(**settings, encoder=way, workers=workers))
-    unit = 1 if sys.platform == "darwin" else 1024
-    own, largest_child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    peak.send((own + workers * largest_child) * unit)
+
+
+def memory(process: psutil.Process) -> int:
+    """Bytes that a process and all that it has started hold now."""
+    total = 0
+    for one in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += one.memory_info().rss
+    return total
 
 
 def measure(way: str, paths: list[Path], out: Path, shard_size: int, workers: int) -> dict:
     """Do one way in a new process; returns its figures, and its shards' hashes."""
-    spawn = multiprocessing.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=work, args=(way, paths, out, shard_size, workers, sender))
-    began = time.perf_counter()
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(way, paths, out, shard_size, workers))
+    began, peak = time.perf_counter(), 0
     process.start()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.exitcode is None:
+            peak = max(peak, memory(psutil.Process(process.pid)))
+            process.join(0.05)
     process.join()
     seconds = time.perf_counter() - began
     if process.exitcode:
@@ -103,13 +111,7 @@ def measure(way: str, paths: list[Path], out: Path, shard_size: int, workers: in
     shards = sorted(out.glob("*.npy"), key=lambda path: path.name[-10:])
     tokens, hashes = sum(len(np.load(shard, mmap_mode="r")) for shard in shards), [sha256(shard) for shard in shards]
     shutil.rmtree(out)
-    return {
-        "workers": workers,
-        "seconds": seconds,
-        "tokens": tokens,
-        "peak_memory_bytes": receiver.recv(),
-        "hashes": hashes,
-    }
+    return {"workers": workers, "seconds": seconds, "tokens": tokens, "peak_memory_bytes": peak, "hashes": hashes}
 
 
 def compare(config: BenchmarkConfig) -> None:

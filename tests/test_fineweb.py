@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -527,6 +528,7 @@ def test_25_kills_at_random_moments_end_in_the_same_bytes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 @pytest.mark.parametrize("kind", ["txt", "parquet"])
 def test_memory_stays_under_2_gib(tmp_path, kind):
     """With 100M-token shards: one text file of 1.2 GB, or many documents of 20 MB in one row group."""
@@ -538,8 +540,8 @@ def test_memory_stays_under_2_gib(tmp_path, kind):
                 file.write(text)
     else:
         write_parquet(tmp_path / "a.parquet", [text] * (1_200_000_000 // len(text)), row_group_size=1000)
-    script = f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import fineweb; fineweb.main(); "
-    script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb; fineweb.main(); "
+    script += "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     command = [sys.executable, "-c", script, "--input", f"a.{kind}", "--out", "out"]
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert int(finished.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024) < 2 * 2**30
+    assert int(finished.stdout.split()[-1]) < 2 * 2**20  # KiB; getrusage's would count this process's memory too
