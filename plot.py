@@ -1,4 +1,4 @@
-"""Log to picture: draw a run's log.jsonl as loss.png.
+"""Log to picture: what log.jsonl holds, how it is written, and how it is drawn as loss.png.
 
 python plot.py log
 """
@@ -6,10 +6,14 @@ python plot.py log
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from common import DataError, Parser, replacing, run
+from common import DataError, Parser, flush, replacing, run
 
 GPT2_HELLASWAG = 0.2955  # acc_norm of OpenAI's 124M model
 
@@ -28,6 +32,110 @@ def read_log(path: Path) -> list[dict]:
             if number < len(lines):
                 raise DataError(f"{path}, line {number}, is damaged: delete the line") from None
     return records
+
+
+class Log:
+    """log.jsonl, with the same numbers on the terminal and in a tracker; without a tracker, it writes nothing at all.
+
+    Lines past the first record's step, from which the run goes on, are dropped. Where the log cannot be written, it
+    says so once, and the run goes on.
+    """
+
+    def __init__(self, directory: Path, tracker: Tracker | None, start: dict) -> None:
+        self.path, self.tracker, self.failed = directory / "log.jsonl", tracker, False
+        if tracker is None:
+            return
+        records = read_log(self.path) if start["step"] and self.path.exists() else []
+        kept = [record for record in records if record["step"] <= start["step"]]
+        with replacing(self.path) as temporary:
+            text = "".join(json.dumps(record) + "\n" for record in [*kept, start])
+            temporary.write_text(text, encoding="utf-8")
+
+    def write(self, text: str, **record: Any) -> None:
+        """Append a record, and print its text; JSON has no number that is not finite, so such a one becomes null."""
+        if self.tracker is None:
+            return
+        print(text, flush=True)
+        record = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        self.attempt(self.append, (json.dumps(record) + "\n").encode())
+        self.tracker.log(record)
+
+    def append(self, line: bytes) -> None:
+        """Append the whole line, or nothing."""
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError("the disk is full")
+            except OSError:
+                file.truncate(size)
+                raise
+
+    def flush(self) -> None:
+        """Wait until all that was written is on the disk."""
+        if self.tracker is not None:
+            self.attempt(flush, self.path)
+
+    def draw(self) -> None:
+        if self.tracker is not None:
+            self.attempt(draw, self.path.parent)
+
+    def attempt(self, action: Callable[..., object], *args: object) -> None:
+        try:
+            action(*args)
+        except (OSError, DataError) as error:
+            if not self.failed:
+                print(f"warning: {self.path} or its picture cannot be written: {error}; training goes on", flush=True)
+            self.failed = True
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            self.tracker.close()
+
+
+class Tracker:
+    """TensorBoard, Weights & Biases or trackio, or none; one that fails says so once, and is left out from then on."""
+
+    def __init__(self, name: str, directory: str, settings: dict) -> None:
+        self.name, self.send, self.end = name, lambda record: None, lambda: None
+        if name != "none":
+            self.attempt(self.open_tensorboard if name == "tensorboard" else self.open_library, directory, settings)
+
+    def open_tensorboard(self, directory: str, settings: dict) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(directory)
+        writer.add_text("settings", json.dumps(settings))
+
+        def send(record: dict) -> None:
+            for key, value in numbers(record).items():
+                writer.add_scalar(key, value, record["step"])
+            writer.flush()
+
+        self.send, self.end = send, writer.close
+
+    def open_library(self, directory: str, settings: dict) -> None:
+        library = importlib.import_module(self.name)  # wandb, and trackio, which has the same functions
+        library.init(project="gpt2", name=Path(directory).name, config=settings)
+        self.send, self.end = lambda record: library.log(numbers(record), step=record["step"]), library.finish
+
+    def attempt(self, action: Callable[..., object], *args: object) -> None:
+        try:
+            action(*args)
+        except Exception as error:  # whatever it is, the run is worth more
+            self.send, self.end = lambda record: None, lambda: None
+            print(f"warning: --tracker {self.name} is left out from here: {error!r}", flush=True)
+
+    def log(self, record: dict) -> None:
+        self.attempt(self.send, record)
+
+    def close(self) -> None:
+        self.attempt(self.end)
+
+
+def numbers(record: dict) -> dict[str, float]:
+    """What a tracker can draw of a record."""
+    return {key: v for key, v in record.items() if key != "step" and isinstance(v, int | float)}
 
 
 def draw(directory: Path) -> Path:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import importlib.util
 import json
 import math
 import os
 import platform
 import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -42,7 +46,6 @@ from common import (
     flag,
     flush,
     parse_flags,
-    replacing,
     run,
     sha256,
     write_json,
@@ -122,6 +125,11 @@ class TrainConfig(Flags):
     sample_every: int | None = by_model("sample_every", "optimizer steps between samples of text; 0: none")
     save_every: int | None = by_model("save_every", "optimizer steps between checkpoints; 0: at the end only")
     keep: int = flag(2, "newest checkpoints to keep", least=1)
+    milestone_every: int = flag(0, "optimizer steps between checkpoints that are kept for ever; 0: none")
+    log_every: int = flag(1, "optimizer steps between lines of the log", least=1)
+    tracker: str = flag("none", "where else to log", choices=["none", "tensorboard", "wandb", "trackio"])
+    max_skipped: int = flag(10, "steps in a row without a finite loss and gradient that the run survives")
+    timeout: int = flag(600, "seconds that a process waits for the others", least=1)
 
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
     dtype: str = flag("auto", "of autocast; auto: bfloat16 where the device computes it", choices=["auto", *DTYPES])
@@ -170,6 +178,8 @@ def validate(config: TrainConfig, processes: int) -> None:
         raise UsageError("--initial_batch_size and --batch_ramp_tokens make the ramp together: give both or neither")
     if max(config.beta1, config.beta2) >= 1:
         raise UsageError(f"--beta1 {config.beta1} and --beta2 {config.beta2} must be below 1")
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        raise UsageError(f"--tracker {config.tracker} is not installed: pip install {config.tracker}")
     if config.min_lr > config.max_lr:
         raise UsageError(f"--min_lr {config.min_lr} is more than --max_lr {config.max_lr}")
 
@@ -191,15 +201,18 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of each process's values, the same on all."""
+        """The sum of each process's values, the same on all; gloo adds what is on the CPU."""
         if self.size > 1:
-            values = values.to(self.device)
             dist.all_reduce(values)
         return values
 
     def wait(self) -> None:
         """Return when every process has come here."""
-        self.sum(torch.zeros(1)).item()
+        self.sum(torch.zeros(1))
+
+    def any(self, condition: object) -> bool:
+        """Whether the condition holds on one process or more, the same on all."""
+        return bool(self.sum(torch.tensor(int(bool(condition)))))
 
     def print(self, text: str) -> None:
         if self.leader:
@@ -207,8 +220,8 @@ class World:
 
 
 @contextlib.contextmanager
-def start_processes(device_name: str) -> Iterator[World]:
-    """Join the processes that torchrun started, or be the only one."""
+def start_processes(device_name: str, timeout: int) -> Iterator[World]:
+    """Join the processes that torchrun started, or be the only one; none waits for another longer than `timeout` s."""
     # torchrun's variables, and what holds without it
     place = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
     size, rank, local_rank = (int(os.environ.get(name, alone)) for name, alone in place.items())
@@ -223,7 +236,11 @@ def start_processes(device_name: str) -> Iterator[World]:
     # torch reads this at its first allocation; with huge pages on a CPU, logits cost far fewer page faults
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        limit, attempt = timedelta(seconds=timeout), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # torchrun keeps its store when it restarts; with the same keys, a process may find addresses of one now gone
+        store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://", timeout=limit))[0])
+        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
     yield World(rank, size, device, local_rank)
     if size > 1:  # not after an error: the others may wait in a collective, and torchrun ends them
         dist.destroy_process_group()
@@ -381,8 +398,10 @@ class Trainer:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    skipped: Tensor  # steps without a finite loss and gradient: of the whole run, and in a row up to now
     step: int = 0
     position: int = 0
+    evaluated: bool = False  # at this step
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.config.dtype]
@@ -396,7 +415,8 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     if world.size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
-    return Trainer(config, world, gpt, model, make_optimizer(gpt, config), scaler)
+    skipped = torch.zeros(2, dtype=torch.int64, device=world.device)
+    return Trainer(config, world, gpt, model, make_optimizer(gpt, config), scaler, skipped)
 
 
 def share(rows: Tensor, batch_size: int, world: World) -> Tensor:
@@ -407,27 +427,34 @@ def share(rows: Tensor, batch_size: int, world: World) -> Tensor:
     return rows.view(-1, world.size, batch_size, rows.shape[1])[:, world.rank]
 
 
-def training_step(trainer: Trainer, rows: Tensor) -> tuple[float, float]:
-    """One optimizer step on a global batch of rows (N, T + 1); returns the mean loss and the gradient's norm."""
+def training_step(trainer: Trainer, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """One optimizer step on a global batch of rows (N, T + 1); returns the mean loss and the gradient's norm.
+
+    Both stay on the device, so that nothing waits for them. Where one is not finite, all processes skip the update.
+    """
     config, world = trainer.config, trainer.world
     micro_batches = share(rows, config.batch_size, world).to(world.device)
-    total = torch.zeros((), device=world.device)
+    loss = torch.zeros((), device=world.device)
     for number, micro_batch in enumerate(micro_batches):
         # read by DDP in the forward pass: reduce the gradients once, with the last micro-batch
         trainer.model.require_backward_grad_sync = number == len(micro_batches) - 1
         with trainer.autocast():
-            _, loss = trainer.model(micro_batch[:, :-1], micro_batch[:, 1:])
-        trainer.scaler.scale(loss / len(micro_batches)).backward()
-        total += loss.detach() / len(micro_batches)
+            _, mean = trainer.model(micro_batch[:, :-1], micro_batch[:, 1:])
+        trainer.scaler.scale(mean / len(micro_batches)).backward()
+        loss += mean.detach() / len(micro_batches)
     for group in trainer.optimizer.param_groups:
         group["lr"] = learning_rate(config, trainer.step)
+    loss = world.sum(loss) / world.size
     trainer.scaler.unscale_(trainer.optimizer)
     norm = nn.utils.clip_grad_norm_(trainer.gpt.parameters(), config.grad_clip or math.inf)
-    if norm.isfinite():  # the norm of the reduced gradient, so every process decides alike
-        trainer.scaler.step(trainer.optimizer)
+    bad = ~(norm.isfinite() & loss.isfinite())  # of the sum over all processes, so the same on each
+    trainer.optimizer.found_inf = bad.float()  # by which a fused optimizer leaves weights and moments as they are
+    trainer.optimizer.step()
     trainer.scaler.update()
     trainer.optimizer.zero_grad()
-    return float(world.sum(total)) / world.size, float(norm)
+    trainer.skipped = torch.stack([trainer.skipped[0] + bad, (trainer.skipped[1] + 1) * bad])
+    trainer.step, trainer.evaluated = trainer.step + 1, False
+    return loss, norm
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -466,9 +493,10 @@ def load_hellaswag(config: TrainConfig, world: World) -> list[hellaswag.Example]
     return hellaswag.load(hellaswag.FILE)[world.rank :: world.size]
 
 
-def evaluate(trainer: Trainer, log: Log, shards: Shards, examples: list[hellaswag.Example] | None) -> None:
+def evaluate(trainer: Trainer, log: plot.Log, shards: Shards, examples: list[hellaswag.Example] | None) -> None:
     """Whatever is due at this step: validation loss, HellaSwag, samples, the picture."""
     config, world, step = trainer.config, trainer.world, f"step {trainer.step:5d}"
+    trainer.evaluated = True
     if due(config.eval_every, trainer):
         loss, unigram = validation_loss(trainer, shards.val), format_or_na(shards.unigram_loss, ".4f")
         log.write(f"{step} | validation loss {loss:.4f} (unigram {unigram})", step=trainer.step, val_loss=loss)
@@ -483,8 +511,8 @@ def evaluate(trainer: Trainer, log: Log, shards: Shards, examples: list[hellaswa
         with trainer.autocast():
             texts = sample.complete(trainer.gpt, wanted)
         world.print("\n".join(f"{step} | {text!r}" for text in texts))
-    if world.leader and due(config.eval_every, trainer):
-        plot.draw(Path(config.out_dir))
+    if due(config.eval_every, trainer):
+        log.draw()
 
 
 def due(every: int, trainer: Trainer) -> bool:
@@ -495,6 +523,9 @@ def due(every: int, trainer: Trainer) -> bool:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+NEEDED = {"config.json", "model.safetensors", "optimizer.safetensors", "trainer.json"}  # for resuming
+
+
 def checkpoints(out_dir: Path) -> dict[int, Path]:
     """The checkpoints by their step, the newest first."""
     found = [path for path in out_dir.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir()]
@@ -502,7 +533,7 @@ def checkpoints(out_dir: Path) -> dict[int, Path]:
 
 
 def save_checkpoint(trainer: Trainer, data: list[list]) -> None:
-    """Write a checkpoint that is either complete or absent, then remove the oldest beyond `keep`."""
+    """Write a checkpoint that is either complete or absent, then remove older ones; raises OSError on a full disk."""
     out_dir, step = Path(trainer.config.out_dir), trainer.step
     temporary = out_dir / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -512,8 +543,9 @@ def save_checkpoint(trainer: Trainer, data: list[list]) -> None:
         flush(out_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for path in list(checkpoints(out_dir).values())[trainer.config.keep :]:
-        shutil.rmtree(path)
+    for step, path in list(checkpoints(out_dir).items())[trainer.config.keep :]:
+        if not (trainer.config.milestone_every and step % trainer.config.milestone_every == 0):
+            shutil.rmtree(path)
 
 
 def write_checkpoint(trainer: Trainer, data: list[list], directory: Path) -> None:
@@ -526,6 +558,8 @@ def write_checkpoint(trainer: Trainer, data: list[list], directory: Path) -> Non
         "position": trainer.position,
         "config": asdict(trainer.config),
         "data": data,
+        "skipped": trainer.skipped.tolist(),
+        "evaluated": trainer.evaluated,
         "scaler": trainer.scaler.state_dict(),
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
@@ -546,6 +580,8 @@ def damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint, if anything is."""
     try:
         manifest = json.loads((directory / "MANIFEST.json").read_text(encoding="utf-8"))
+        if missing := NEEDED - manifest.keys():
+            raise ValueError(f"MANIFEST.json lacks {', '.join(sorted(missing))}")
         wrong = [name for name, digest in manifest.items() if sha256(directory / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
         return str(error)
@@ -590,7 +626,8 @@ def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: li
         torch.cuda.set_rng_state(tensors["random.cuda"], world.device)
     if trainer.scaler.is_enabled() and state["scaler"]:
         trainer.scaler.load_state_dict(state["scaler"])
-    trainer.step, trainer.position = state["step"], state["position"]
+    trainer.step, trainer.position, trainer.evaluated = state["step"], state["position"], state["evaluated"]
+    trainer.skipped = torch.tensor(state["skipped"], device=world.device)
     return trainer
 
 
@@ -620,26 +657,6 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "V100": 125e12,
 }
-
-
-class Log:
-    """log.jsonl, with the same numbers on the terminal; lines past the step that the run goes on from are dropped."""
-
-    def __init__(self, path: Path, world: World, step: int) -> None:
-        self.path, self.world = path, world
-        if world.leader:
-            records = plot.read_log(path) if step and path.exists() else []
-            kept = [record for record in records if record["step"] <= step]
-            with replacing(path) as temporary:
-                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-
-    def write(self, text: str, **record: object) -> None:
-        """Append a record, and print its text; JSON has no number that is not finite, so such a one becomes null."""
-        record = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        if self.world.leader:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            print(text, flush=True)
 
 
 def flops_per_token(gpt: GPT) -> int:
@@ -676,26 +693,92 @@ def format_or_na(value: float | None, how: str) -> str:
     return "n/a" if value is None else format(value, how)
 
 
-def report(trainer: Trainer, log: Log, tokens: int, loss: float, norm: float, seconds: float, left: float) -> None:
-    """Log one optimizer step."""
-    world, step = trainer.world, trainer.step
+def report(trainer: Trainer, log: plot.Log, clock: Clock, rows: Tensor, loss: Tensor, norm: Tensor) -> None:
+    """Log the last optimizer step; raises DataError where too many in a row were skipped."""
+    config, world, step = trainer.config, trainer.world, trainer.step
+    loss, norm, (skipped, in_a_row) = float(loss), float(norm), trainer.skipped.tolist()  # this waits for the device
+    lr, (seconds, rate, left) = trainer.optimizer.param_groups[0]["lr"], clock.read(step, config.max_steps)
     known = [flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name(world.device))]
-    rate = tokens / seconds
     mfu = rate * flops_per_token(trainer.gpt) / (known[0] * world.size) if known else None
-    lr = trainer.optimizer.param_groups[0]["lr"]
+    batch = hashlib.sha256(rows.to(torch.uint16).numpy()).hexdigest()[:16]
     log.write(
-        f"step {step:5d}/{trainer.config.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | "
+        f"step {step:5d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | "
         f"{1000 * seconds:.0f} ms | {rate:,.0f} tokens/s | MFU {format_or_na(mfu, '.1%')} | "
-        f"{timedelta(seconds=round(left))} left",
-        **{"step": step, "loss": loss, "lr": lr, "norm": norm, "tokens": tokens, "position": trainer.position},
+        f"{timedelta(seconds=round(left))} left" + (f" | {skipped} skipped" if skipped else ""),
+        **{"step": step, "loss": loss, "lr": lr, "norm": norm, "tokens": rows[:, 1:].numel(), "skipped": skipped},
+        **{"position": trainer.position, "batch": batch},
         **{"ms": 1000 * seconds, "tokens_per_second": rate, "mfu": mfu},
     )
+    if in_a_row > config.max_skipped:
+        newest = next(iter(checkpoints(Path(config.out_dir)).values()), "none")
+        raise DataError(
+            f"step {step}: {in_a_row} steps in a row had no finite loss and gradient, and were skipped "
+            f"(--max_skipped {config.max_skipped}); the last good checkpoint is {newest}"
+        )
+
+
+class Clock:
+    """Times the steps between two lines of the log, without the evaluations and checkpoints between them."""
+
+    def __init__(self, step: int) -> None:
+        self.began = self.since = time.perf_counter()
+        self.first, self.last, self.tokens = step, step, 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - before
+
+    def read(self, step: int, max_steps: int) -> tuple[float, float, float]:
+        """Seconds a step and tokens a second since the last reading, and the seconds that the run has left."""
+        now = time.perf_counter()
+        elapsed, left = now - self.since, (now - self.began) / (step - self.first) * (max_steps - step)
+        figures = elapsed / (step - self.last), self.tokens / elapsed, left
+        self.since, self.last, self.tokens = now, step, 0
+        return figures
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGINT and SIGUSR1 in a list, for the run to end after the step that is under way."""
+    received: list[int] = []
+    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    if threading.current_thread() is not threading.main_thread():
+        kinds = ()  # another thread cannot have handlers
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) > 2:  # under torchrun, Ctrl-C comes twice
+            raise KeyboardInterrupt
+
+    before = {kind: signal.signal(kind, receive) for kind in kinds}
+    try:
+        yield received
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def launch() -> str | None:
+    """What tells one start of torchrun from another; None without it."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{run_id} {platform.node()} {os.getppid()}" if run_id else None
+
+
+def continues(config: TrainConfig, world: World) -> bool:
+    """Whether to go on with what is in out_dir: when asked to, or when torchrun restarts what it began itself."""
+    restarted, path = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", Path(config.out_dir) / "log.jsonl"
+    records = plot.read_log(path) if restarted and path.exists() else []
+    launches = [record["launch"] for record in records if "launch" in record]
+    return config.resume or world.any(world.leader and launch() in launches[-1:])
 
 
 def start_or_resume(config: TrainConfig, world: World, data: list[list]) -> Trainer:
-    """A new run, or with `resume` the one in out_dir; raises UsageError where there is one and `resume` is not set."""
+    """A new run, or the one in out_dir; raises UsageError where there is one that is not to be continued."""
     out_dir = Path(config.out_dir)
-    if not config.resume and (checkpoints(out_dir) or (out_dir / "log.jsonl").exists()):
+    goes_on = continues(config, world)
+    if not goes_on and (checkpoints(out_dir) or (out_dir / "log.jsonl").exists()):
         raise UsageError(f"--out_dir {out_dir} holds a run: continue it with --resume, or choose another directory")
     world.wait()  # until all have looked
     if directory := newest_checkpoint(out_dir, world):
@@ -707,12 +790,33 @@ def start_or_resume(config: TrainConfig, world: World, data: list[list]) -> Trai
     return make_trainer(config, world, GPT(replace(PRESETS[config.model], block_size=config.block_size)))
 
 
+def open_log(trainer: Trainer, shards: Shards) -> plot.Log:
+    """The run's log, which begins with what this process group is."""
+    config, world = trainer.config, trainer.world
+    start = {"step": trainer.step, "launch": launch(), "processes": world.size, "unigram_loss": shards.unigram_loss}
+    tracker = plot.Tracker(config.tracker, config.out_dir, asdict(config)) if world.leader else None
+    return plot.Log(Path(config.out_dir), tracker, start)
+
+
+def save(trainer: Trainer, log: plot.Log, shards: Shards, last: bool) -> None:
+    """Save a checkpoint; a disk that does not take it ends the run only where there is no later one to come."""
+    if not trainer.world.leader:
+        return
+    try:
+        log.flush()
+        save_checkpoint(trainer, shards.identity)
+    except OSError as error:
+        if last:
+            raise DataError(f"step {trainer.step} could not be saved: {error}; make room, and add --resume") from None
+        print(f"warning: step {trainer.step} could not be saved: {error}; training goes on", flush=True)
+
+
 def train(config: TrainConfig) -> None:
-    """Train until max_steps; every process of the world calls this.
+    """Train until max_steps, or until a signal; every process of the world calls this.
 
     Raises UsageError for settings that do not fit, DataError for shards or checkpoints that cannot be used.
     """
-    with start_processes(config.device) as world:
+    with start_processes(config.device, config.timeout) as world, stop_signals() as signals:
         config = resolve(config, world.device)
         validate(config, world.size)
         shards = open_shards(config, world)
@@ -721,25 +825,27 @@ def train(config: TrainConfig) -> None:
         announce(trainer, shards)
         if trainer.step >= config.max_steps:
             return world.print(f"the run in {config.out_dir} is finished: {trainer.step} of {config.max_steps} steps")
-        examples = load_hellaswag(config, world)
-        log = Log(Path(config.out_dir) / "log.jsonl", world, trainer.step)
-        if trainer.step == 0:
-            log.write("training", step=0, unigram_loss=shards.unigram_loss)
+        examples, log = load_hellaswag(config, world), open_log(trainer, shards)
+        if not trainer.evaluated:
             evaluate(trainer, log, shards, examples)
-        began, first = time.perf_counter(), trainer.step
-        while trainer.step < config.max_steps:
-            started = time.perf_counter()
+        clock, stopping = Clock(trainer.step), False
+        while trainer.step < config.max_steps and not stopping:
             rows, trainer.position = batches.at(trainer.position, batch_tokens(config, trainer.position))
             loss, norm = training_step(trainer, rows)
-            trainer.step += 1
-            now = time.perf_counter()
-            left = (now - began) / (trainer.step - first) * (config.max_steps - trainer.step)
-            report(trainer, log, rows[:, 1:].numel(), loss, norm, now - started, left)
-            evaluate(trainer, log, shards, examples)
-            if world.leader and (due(config.save_every, trainer) or trainer.step == config.max_steps):
-                save_checkpoint(trainer, shards.identity)
+            clock.tokens += rows[:, 1:].numel()
+            if due(config.log_every, trainer):
+                report(trainer, log, clock, rows, loss, norm)
+            stopping = world.any(signals)
+            with clock.paused():
+                if not stopping:
+                    evaluate(trainer, log, shards, examples)
+                last = stopping or trainer.step == config.max_steps
+                if last or due(config.save_every, trainer) or due(config.milestone_every, trainer):
+                    save(trainer, log, shards, last)
+        log.close()
         world.wait()  # for the leader to save
-        world.print(f"finished: {config.out_dir}/step_{trainer.step:06d}")
+        how = "stopped by a signal; continue with --resume" if stopping else "finished"
+        world.print(f"{how}: {config.out_dir}/step_{trainer.step:06d}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -748,6 +854,12 @@ def main(argv: list[str] | None = None) -> None:
         train(config)
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"out of memory: try a smaller --batch_size ({str(error).splitlines()[0]})") from None
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if not (dist.is_initialized() and re.search("timed out|timeout|connection|peer", reason, re.IGNORECASE)):
+            raise
+        told = f"another process ended, or did not answer within --timeout {config.timeout} s"
+        raise DataError(f"{told}: {reason}") from None
 
 
 if __name__ == "__main__":

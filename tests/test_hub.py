@@ -84,6 +84,7 @@ def test_a_connection_that_breaks_is_taken_up_again(tmp_path, hub):
     assert hub.breaks == 0 and shards(tmp_path / "edu_fineweb10B")[1][:2] == [END_OF_TEXT, *encode("document 0")][:2]
 
 
+@pytest.mark.slow
 def test_a_file_with_another_hash_is_refused_and_the_run_goes_on_when_it_is_mended(tmp_path, hub):
     hub.wrong = {SECOND}
     fails_in_one_line(build(hub), "cannot download", SECOND, "hash", "run the same command again")
@@ -96,6 +97,7 @@ def test_a_file_with_another_hash_is_refused_and_the_run_goes_on_when_it_is_mend
     assert shards(directory)[1] == [token for text in TEXTS for token in [END_OF_TEXT, *encode(text)]]
 
 
+@pytest.mark.slow
 def test_files_that_are_in_shards_are_not_downloaded_again(hub, tmp_path):
     hub.wrong = {THIRD}
     fails_in_one_line(build(hub), THIRD)

@@ -168,7 +168,7 @@ def gradients_of(config, rows):
     caught = []
     trainer.optimizer.step = lambda: caught.extend(p.grad.clone() for p in trainer.gpt.parameters())
     loss, norm = train_gpt2.training_step(trainer, rows)
-    return caught, loss, norm
+    return caught, float(loss), float(norm)
 
 
 def test_gradients_of_four_micro_batches_equal_those_of_one(config):
@@ -200,13 +200,30 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(confi
         assert torch.allclose(before / 10, after, rtol=1e-3, atol=1e-8)
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(config):
-    config = train_gpt2.resolve(config, CPU)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(config, dtype, value):
+    config = replace(train_gpt2.resolve(config, CPU), dtype=dtype)
     trainer = train_gpt2.make_trainer(config, ALONE, GPT(PRESETS["debug"]))
-    trainer.gpt.transformer.ln_f.bias.register_hook(lambda gradient: gradient * math.nan)
-    before = {name: weight.clone() for name, weight in trainer.gpt.state_dict().items()}
-    _, norm = train_gpt2.training_step(trainer, torch.zeros(8, 17, dtype=torch.long))
-    assert math.isnan(norm) and same(before, trainer.gpt.state_dict()) and not trainer.optimizer.state
+    rows = torch.randint(50257, (8, 17), generator=torch.Generator().manual_seed(0))
+
+    def state():
+        return {k: v.clone() for k, v in (trainer.gpt.state_dict() | train_gpt2.state_tensors(trainer)).items()}
+
+    while trainer.scaler.is_enabled() and not trainer.optimizer.state:  # the scale that fp16 begins with is too large
+        train_gpt2.training_step(trainer, rows)
+        if trainer.skipped[1]:
+            trainer.optimizer.state.clear()
+    train_gpt2.training_step(trainer, rows)
+    before, (skipped, _) = state(), trainer.skipped.tolist()
+    hook = trainer.gpt.transformer.ln_f.bias.register_hook(lambda gradient: gradient * value)
+    for times in (1, 2):
+        _, norm = train_gpt2.training_step(trainer, rows)
+        assert not norm.isfinite() and same(before, state())
+        assert trainer.skipped.tolist() == [skipped + times, times]
+    hook.remove()
+    train_gpt2.training_step(trainer, rows)
+    assert trainer.skipped.tolist() == [skipped + 2, 0] and not same(before, state())
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -238,9 +255,10 @@ def test_a_run_learns_and_leaves_a_checkpoint_a_log_and_a_picture(config, tmp_pa
         assert words in printed, words
 
 
-def test_n_plus_n_steps_equal_2n_bit_for_bit(config, tmp_path):
-    """Across the end of an epoch (19 batches), inside the ramp, and whatever the micro-batch at which it is resumed."""
-    config = replace(config, initial_batch_size=64, batch_ramp_tokens=1500, max_steps=32, save_every=8)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_n_plus_n_steps_equal_2n_bit_for_bit(config, tmp_path, shuffle):
+    """Across the end of an epoch (19 batches), inside the ramp, and in any order of the rows."""
+    config = replace(config, initial_batch_size=64, batch_ramp_tokens=1500, max_steps=32, save_every=8, shuffle=shuffle)
     train(config)
     for begun in (8, 24):
         shutil.copytree(tmp_path / "log", tmp_path / f"log{begun}")
@@ -248,9 +266,11 @@ def test_n_plus_n_steps_equal_2n_bit_for_bit(config, tmp_path):
             if step > begun:
                 shutil.rmtree(directory)
         train(replace(config, out_dir=f"log{begun}", resume=True))
-        assert same(weights(tmp_path / "log" / "step_000032"), weights(tmp_path / f"log{begun}" / "step_000032"))
-        first, second = (plot.read_log(tmp_path / log / "log.jsonl") for log in ("log", f"log{begun}"))
-        for key in ("step", "loss", "val_loss", "norm", "lr", "position"):
+        logs = [plot.read_log(tmp_path / log / "log.jsonl") for log in ("log", f"log{begun}")]
+        starts = [[record["step"] for record in log if "launch" in record] for log in logs]
+        assert starts == [[0], [0, begun]]
+        first, second = ([record for record in log if "launch" not in record] for log in logs)
+        for key in ("step", "loss", "val_loss", "norm", "lr", "position", "batch"):
             assert [record.get(key) for record in first] == [record.get(key) for record in second], key
         for name in ("optimizer.safetensors", "model.safetensors"):
             first, second = (tmp_path / log / "step_000032" / name for log in ("log", f"log{begun}"))
@@ -326,6 +346,11 @@ def test_a_damaged_newer_checkpoint_never_costs_a_good_one(config, tmp_path):
     assert all(train_gpt2.damage(path) is None for path in train_gpt2.checkpoints(tmp_path / "log").values())
 
 
+def test_milestones_are_kept_for_ever(config, tmp_path):
+    train(replace(config, save_every=2, keep=1, milestone_every=3))
+    assert list(train_gpt2.checkpoints(tmp_path / "log")) == [8, 6, 3]
+
+
 def test_copies_of_checkpoints_and_other_files_are_left_alone(config, tmp_path):
     train(replace(config, save_every=2, keep=1))
     others = ["step_000008.bak", "step_000008_2", "step_8"]
@@ -345,7 +370,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint_and_no_remain
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, before[1]))  # optimizer.safetensors is larger
     try:
-        with pytest.raises(OSError, match="optimizer.safetensors"):
+        with pytest.raises(DataError, match="step 8 could not be saved.*optimizer.safetensors.*--resume"):
             train(replace(config, resume=True))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -354,9 +379,27 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint_and_no_remain
     assert list(train_gpt2.checkpoints(tmp_path / "log")) == [8, 4]
 
 
+def test_a_disk_that_fills_for_a_while_does_not_stop_training(config, tmp_path, monkeypatch, capsys):
+    save_tensors, attempts = train_gpt2.save_tensors, []
+
+    def fail_once(path, tensors):
+        attempts.append(path)
+        if len(attempts) == 2:
+            path.write_bytes(b"some")
+            raise OSError("No space left on device")
+        save_tensors(path, tensors)
+
+    monkeypatch.setattr(train_gpt2, "save_tensors", fail_once)
+    train(replace(config, save_every=2))
+    assert "warning: step 4 could not be saved: No space left" in capsys.readouterr().out
+    assert list(train_gpt2.checkpoints(tmp_path / "log")) == [8, 6, 2] and not list((tmp_path / "log").glob(".*"))
+
+
 def test_a_loss_that_is_not_finite_is_null_in_the_log(tmp_path):
-    train_gpt2.Log(tmp_path / "log.jsonl", ALONE, 0).write("", step=1, loss=math.nan, norm=math.inf, lr=0.1)
-    assert plot.read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": None, "norm": None, "lr": 0.1}]
+    plot.Log(tmp_path, plot.Tracker("none", "", {}), {"step": 0}).write(
+        "", step=1, loss=math.nan, norm=math.inf, lr=0.1
+    )
+    assert plot.read_log(tmp_path / "log.jsonl") == [{"step": 0}, {"step": 1, "loss": None, "norm": None, "lr": 0.1}]
     plot.draw(tmp_path)
 
 
@@ -468,7 +511,7 @@ def test_missing_and_damaged_shards_are_named(config, tmp_path):
 
 
 def test_incomplete_shards_are_refused(config, tmp_path):
-    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    manifest = fineweb.load_manifest(tmp_path / "shards")
     manifest["shards"][-1]["next"] = {"file": 0, "document": 1, "token": 1}
     fineweb.save_manifest(tmp_path / "shards", manifest | {"complete": False})
     with pytest.raises(DataError, match="not complete"):
