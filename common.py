@@ -156,11 +156,20 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Wait until no other process holds the directory; the lock goes when its holder ends, however it ends."""
+def locked(directory: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a directory; the lock goes when its holder ends, however it ends.
+
+    Where another process holds it, wait, saying so, or raise UsageError.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise UsageError(f"{directory} is in use by another process that runs now") from None
+            print(f"waiting for another process that writes to {directory}", flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import contextlib
 import glob
 import hashlib
 import importlib.util
@@ -23,6 +24,7 @@ import math
 import multiprocessing
 import os
 import platform
+import queue
 import random
 import re
 import shutil
@@ -180,12 +182,15 @@ def hub_source(config: FinewebConfig) -> Source:
     identity = {name: getattr(config, name) for name in ("dataset", "name", "revision", "text_column")}
     cache = None if config.keep_downloads else config.directory / "downloads"
     downloads: dict[int, Apart] = {}
+    finished = threading.Event()
 
     def list_files() -> list[File]:
         urls = Apart(list_urls, config, cache).result()
         return [File(url, partial(read, urls, number)) for number, url in enumerate(urls)]
 
     def read(urls: list[str], number: int) -> Iterable[list[Document]]:
+        if finished.is_set():
+            return []
         if number not in downloads:
             downloads[number] = Apart(download, urls[number], cache)
         path = downloads[number].result()
@@ -195,13 +200,14 @@ def hub_source(config: FinewebConfig) -> Source:
 
     def drop(before: float) -> None:
         done = [downloads.pop(number) for number in sorted(downloads) if number < before]
-        if cache and before == math.inf:  # all that is wanted is in shards; a download may be under way
+        if before == math.inf:  # all that is wanted is in shards; a download may be under way
+            finished.set()
             for one in done:
                 one.stop()
-            shutil.rmtree(cache, ignore_errors=True)
+            shutil.rmtree(config.directory / "downloads", ignore_errors=True)
         elif cache:
             for path in [one.result() for one in done]:
-                path.resolve().unlink()
+                path.resolve().unlink(missing_ok=True)
                 path.unlink(missing_ok=True)  # where the cache has links, it was one
 
     return Source(identity, list_files, drop)
@@ -213,7 +219,7 @@ class Apart:
     def __init__(self, work: Callable[..., object], *args: object) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.receiver, sender = spawn.Pipe(duplex=False)
-        self.process = spawn.Process(target=report, args=(sender, work, args), daemon=True)
+        self.process = spawn.Process(target=send_result, args=(sender, work, args), daemon=True)
         self.process.start()
         sender.close()
         self.outcome: object = None
@@ -234,7 +240,7 @@ class Apart:
         self.process.join()
 
 
-def report(sender: Any, work: Callable[..., object], args: tuple) -> None:
+def send_result(sender: Any, work: Callable[..., object], args: tuple) -> None:
     """Send what the work returns, or the DataError that it raises."""
     end_with_parent()
     try:
@@ -469,14 +475,18 @@ def parts_of(document: bytes | Iterable[bytes]) -> Iterator[bytes]:
 
 def split_parts(parts: Iterable[bytes]) -> Iterator[bytes]:
     """The same text, parted only where no token of GPT-2 reaches across."""
-    rest = b""
+    held: list[bytes] = []
+    seen = b""  # the end of what is held: a break may lie between it and the next part
     for part in parts:
-        searched = max(len(rest) - 4, 0)
-        rest += part
-        if match := LAST_BREAK.match(rest, searched):
-            yield rest[: match.end()]
-            rest = rest[match.end() :]
-    yield rest
+        match = LAST_BREAK.match(seen + part)
+        if match and match.end() >= len(seen):
+            end = match.end() - len(seen)
+            yield b"".join([*held, part[:end]])
+            held, seen = [part[end:]], part[end:][-4:]
+        else:
+            held.append(part)
+            seen = (seen + part)[-4:]
+    yield b"".join(held)
 
 
 def choose_encoder(config: FinewebConfig) -> str:
@@ -497,15 +507,15 @@ def encode_batches(batches: Iterator[Batch], encoder: str, workers: int) -> Iter
 def encode_in_processes(batches: Iterator[Batch], workers: int) -> Iterator[Piece]:
     """Encode with tiktoken in parallel processes, a few batches ahead."""
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
-    ahead: deque[Future[Piece]] = deque()
+    waiting: deque[Future[Piece]] = deque()
     try:
         with ProcessPoolExecutor(workers, spawn, initializer=end_with_parent) as pool:
             for batch in batches:
-                ahead.append(pool.submit(encode_batch, batch))
-                if len(ahead) > workers + 2:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+                waiting.append(pool.submit(encode_batch, batch))
+                if len(waiting) > workers + 2:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
     except BrokenProcessPool:
         raise DataError("a worker process was killed, perhaps for want of memory: try fewer --workers") from None
 
@@ -562,16 +572,41 @@ def check_tokens(batch: Batch, tokens: np.ndarray, bounds: np.ndarray) -> None:
             raise DataError(f"gigatoken and tiktoken differ on {batch.name(index)}: add --encoder tiktoken")
 
 
+class Ended(NamedTuple):
+    """What comes after the last item."""
+
+    error: BaseException | None
+
+
 def ahead(items: Iterator[Item], count: int) -> Iterator[Item]:
-    """The same items, up to `count` of them made by a thread before they are asked for."""
-    thread, end = ThreadPoolExecutor(1), object()
+    """The same items, up to `count` of them made by a thread before they are asked for.
+
+    Who stops asking does not wait for the item that is under way, which may be a long download.
+    """
+    made: queue.Queue[Any] = queue.Queue(count)
+    closed = threading.Event()
+
+    def make() -> None:
+        try:
+            for item in items:
+                made.put(item)
+                if closed.is_set():
+                    return
+            made.put(Ended(None))
+        except BaseException as error:
+            made.put(Ended(error))
+
+    threading.Thread(target=make, daemon=True).start()
     try:
-        waiting = deque(thread.submit(next, items, end) for _ in range(count))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(thread.submit(next, items, end))
+        while not isinstance(item := made.get(), Ended):
             yield item
+        if item.error:
+            raise item.error
     finally:
-        thread.shutdown(cancel_futures=True)
+        closed.set()
+        with contextlib.suppress(queue.Empty):
+            while True:  # so that the thread can put its last item, and see that it is closed
+                made.get_nowait()
 
 
 def cut(
@@ -648,12 +683,8 @@ def open_manifest(directory: Path, settings: dict) -> dict:
 def write_shard(directory: Path, number: int, tokens: np.ndarray, following: Position | None) -> dict[str, object]:
     """Write one shard; returns what the manifest says of it."""
     path = directory / shard_name(number)
-    try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, tokens)
-    except OSError as error:
-        remedy = "the shards before it are whole; make room, and run the same command again"
-        raise DataError(f"cannot write {path} ({error}): {remedy}") from None
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, tokens)
     following = following and following._asdict()
     return {"name": path.name, "tokens": len(tokens), "sha256": sha256(path), "next": following}
 
@@ -696,8 +727,12 @@ def build(config: FinewebConfig) -> dict:
     with locked(directory):
         settings = {"source": source.identity, "vocabulary": "gpt2", "shard_size": config.tokens_per_shard}
         manifest = open_manifest(directory, settings | {"max_tokens": config.max_tokens})
-        if not manifest["complete"]:
-            write_shards(config, source, manifest)
+        try:
+            if not manifest["complete"]:
+                write_shards(config, source, manifest)
+        except OSError as error:
+            remedy = "the shards so far are whole; mend that, and run the same command again"
+            raise DataError(f"cannot write to {directory} ({error}): {remedy}") from None
         source.drop(math.inf)
         return manifest
 
@@ -721,7 +756,7 @@ def write_shards(config: FinewebConfig, source: Source, manifest: dict) -> None:
             if following is None:
                 manifest.update(summary(counts), complete=True)
             save_manifest(directory, manifest)
-            source.drop(following.file if following else math.inf)
+            source.drop(following.file if following else 0)
     if not manifest["complete"]:
         raise DataError("the source holds no text")
 

@@ -37,16 +37,17 @@ def read_log(path: Path) -> list[dict]:
 class Log:
     """log.jsonl, with the same numbers on the terminal and in a tracker; without a tracker, it writes nothing at all.
 
-    Lines past the first record's step, from which the run goes on, are dropped. Where the log cannot be written, it
-    says so once, and the run goes on.
+    Lines past the first record's step, from which the run goes on, are dropped, and that step's evaluation unless it is
+    `evaluated`. Where the log cannot be written, it says so once, and the run goes on.
     """
 
-    def __init__(self, directory: Path, tracker: Tracker | None, start: dict) -> None:
+    def __init__(self, directory: Path, tracker: Tracker | None, start: dict, evaluated: bool) -> None:
         self.path, self.tracker, self.failed = directory / "log.jsonl", tracker, False
         if tracker is None:
             return
         records = read_log(self.path) if start["step"] and self.path.exists() else []
-        kept = [record for record in records if record["step"] <= start["step"]]
+        last = start["step"] if evaluated else start["step"] - 1
+        kept = [some for some in records if some["step"] <= last or (some["step"] <= start["step"] and "loss" in some)]
         with replacing(self.path) as temporary:
             text = "".join(json.dumps(record) + "\n" for record in [*kept, start])
             temporary.write_text(text, encoding="utf-8")
@@ -96,15 +97,17 @@ class Log:
 class Tracker:
     """TensorBoard, Weights & Biases or trackio, or none; one that fails says so once, and is left out from then on."""
 
-    def __init__(self, name: str, directory: str, settings: dict) -> None:
+    def __init__(self, name: str, directory: str, settings: dict, step: int) -> None:
         self.name, self.send, self.end = name, lambda record: None, lambda: None
         if name != "none":
-            self.attempt(self.open_tensorboard if name == "tensorboard" else self.open_library, directory, settings)
+            self.attempt(
+                self.open_tensorboard if name == "tensorboard" else self.open_library, directory, settings, step
+            )
 
-    def open_tensorboard(self, directory: str, settings: dict) -> None:
+    def open_tensorboard(self, directory: str, settings: dict, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(directory)
+        writer = SummaryWriter(directory, purge_step=step + 1)
         writer.add_text("settings", json.dumps(settings))
 
         def send(record: dict) -> None:
@@ -114,7 +117,7 @@ class Tracker:
 
         self.send, self.end = send, writer.close
 
-    def open_library(self, directory: str, settings: dict) -> None:
+    def open_library(self, directory: str, settings: dict, step: int) -> None:
         library = importlib.import_module(self.name)  # wandb, and trackio, which has the same functions
         library.init(project="gpt2", name=Path(directory).name, config=settings)
         self.send, self.end = lambda record: library.log(numbers(record), step=record["step"]), library.finish

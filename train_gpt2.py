@@ -20,6 +20,7 @@ import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -45,6 +46,7 @@ from common import (
     choose_device,
     flag,
     flush,
+    locked,
     parse_flags,
     run,
     sha256,
@@ -139,8 +141,10 @@ class TrainConfig(Flags):
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     """Fill in the defaults that depend on the device and the model."""
     model = config.model or ("gpt2" if device.type == "cuda" else "debug")
-    manifest = fineweb.load_manifest(Path(FULL_DATA)) or {"complete": any(Path(FULL_DATA).glob("*.npy"))}
-    full = model != "debug" or manifest["complete"]
+    full = True
+    if model == "debug" and config.data_dir is None:
+        manifest = fineweb.load_manifest(Path(FULL_DATA)) or {"complete": any(Path(FULL_DATA).glob("*.npy"))}
+        full = manifest["complete"]
     defaults = RECIPES[model]._asdict() | {
         "model": model,
         "data_dir": FULL_DATA if full else SAMPLE_DATA,
@@ -237,13 +241,34 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        limit, attempt = timedelta(seconds=timeout), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        # torchrun keeps its store when it restarts; with the same keys, a process may find addresses of one now gone
-        store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://", timeout=limit))[0])
+        limit = timedelta(seconds=timeout)
+        store = next(dist.rendezvous("env://", timeout=limit))[0]
+        store = dist.PrefixStore(new_prefix(store, rank, size), store)
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
     yield World(rank, size, device, local_rank)
     if size > 1:  # not after an error: the others may wait in a collective, and torchrun ends them
         dist.destroy_process_group()
+
+
+def new_prefix(store: dist.Store, rank: int, size: int) -> str:
+    """A name that the processes which are there now agree upon.
+
+    torchrun keeps its store when it restarts. With the same keys, a process could find the address of one that is gone;
+    so each asks under a name that nobody has used, and rank 0 answers until each has said that it knows.
+    """
+    mine, others = uuid.uuid4().hex, set(range(1, size))
+    if rank:
+        store.set(f"ask/{rank}", mine)
+        prefix = store.get(f"answer/{mine}").decode()  # waits, as long as the store's timeout
+        store.set(f"known/{prefix}/{rank}", "")
+        return prefix
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while others and time.monotonic() < deadline:
+        for other in [other for other in others if store.check([f"ask/{other}"])]:
+            store.set(f"answer/{store.get(f'ask/{other}').decode()}", mine)
+        others = {other for other in others if not store.check([f"known/{mine}/{other}"])}
+        time.sleep(0.01)
+    return mine
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -398,7 +423,7 @@ class Trainer:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    skipped: Tensor  # steps without a finite loss and gradient: of the whole run, and in a row up to now
+    skipped: Tensor  # steps without a finite loss and gradient: in all, in a row up to now, most in a row
     step: int = 0
     position: int = 0
     evaluated: bool = False  # at this step
@@ -415,7 +440,7 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     if world.size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
-    skipped = torch.zeros(2, dtype=torch.int64, device=world.device)
+    skipped = torch.zeros(3, dtype=torch.int64, device=world.device)
     return Trainer(config, world, gpt, model, make_optimizer(gpt, config), scaler, skipped)
 
 
@@ -452,7 +477,8 @@ def training_step(trainer: Trainer, rows: Tensor) -> tuple[Tensor, Tensor]:
     trainer.optimizer.step()
     trainer.scaler.update()
     trainer.optimizer.zero_grad()
-    trainer.skipped = torch.stack([trainer.skipped[0] + bad, (trainer.skipped[1] + 1) * bad])
+    in_a_row = (trainer.skipped[1] + 1) * bad
+    trainer.skipped = torch.stack([trainer.skipped[0] + bad, in_a_row, trainer.skipped[2].maximum(in_a_row)])
     trainer.step, trainer.evaluated = trainer.step + 1, False
     return loss, norm
 
@@ -545,7 +571,7 @@ def save_checkpoint(trainer: Trainer, data: list[list]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     for step, path in list(checkpoints(out_dir).items())[trainer.config.keep :]:
         if not (trainer.config.milestone_every and step % trainer.config.milestone_every == 0):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_checkpoint(trainer: Trainer, data: list[list], directory: Path) -> None:
@@ -561,10 +587,14 @@ def write_checkpoint(trainer: Trainer, data: list[list], directory: Path) -> Non
         "skipped": trainer.skipped.tolist(),
         "evaluated": trainer.evaluated,
         "scaler": trainer.scaler.state_dict(),
-        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
     write_json(directory / "trainer.json", state)
     write_json(directory / "MANIFEST.json", {path.name: sha256(path) for path in sorted(directory.iterdir())})
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
 def state_tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -616,6 +646,8 @@ def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: li
     """The run as it was; raises UsageError where a setting or the data would alter its mathematics."""
     state = json.loads((directory / "trainer.json").read_text(encoding="utf-8"))
     refuse_changes(state, config, data)
+    if state["versions"] != versions():
+        world.print(f"warning: begun with {state['versions']}, now {versions()}: losses may differ by rounding")
     trainer = make_trainer(config, world, GPT.from_pretrained(directory))
     tensors = load_tensors(directory / "optimizer.safetensors")
     for name, parameter in trainer.gpt.named_parameters():
@@ -696,7 +728,7 @@ def format_or_na(value: float | None, how: str) -> str:
 def report(trainer: Trainer, log: plot.Log, clock: Clock, rows: Tensor, loss: Tensor, norm: Tensor) -> None:
     """Log the last optimizer step; raises DataError where too many in a row were skipped."""
     config, world, step = trainer.config, trainer.world, trainer.step
-    loss, norm, (skipped, in_a_row) = float(loss), float(norm), trainer.skipped.tolist()  # this waits for the device
+    loss, norm, (skipped, _, in_a_row) = float(loss), float(norm), trainer.skipped.tolist()  # waits for the device
     lr, (seconds, rate, left) = trainer.optimizer.param_groups[0]["lr"], clock.read(step, config.max_steps)
     known = [flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name(world.device))]
     mfu = rate * flops_per_token(trainer.gpt) / (known[0] * world.size) if known else None
@@ -768,10 +800,10 @@ def launch() -> str | None:
 
 def continues(config: TrainConfig, world: World) -> bool:
     """Whether to go on with what is in out_dir: when asked to, or when torchrun restarts what it began itself."""
-    restarted, path = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", Path(config.out_dir) / "log.jsonl"
-    records = plot.read_log(path) if restarted and path.exists() else []
+    path = Path(config.out_dir) / "log.jsonl"
+    records = plot.read_log(path) if world.leader and launch() and path.exists() else []
     launches = [record["launch"] for record in records if "launch" in record]
-    return config.resume or world.any(world.leader and launch() in launches[-1:])
+    return config.resume or world.any(launch() in launches[-1:])
 
 
 def start_or_resume(config: TrainConfig, world: World, data: list[list]) -> Trainer:
@@ -784,8 +816,6 @@ def start_or_resume(config: TrainConfig, world: World, data: list[list]) -> Trai
     if directory := newest_checkpoint(out_dir, world):
         world.print(f"resuming from {directory}")
         return load_checkpoint(directory, config, world, data)
-    if world.leader:
-        out_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     return make_trainer(config, world, GPT(replace(PRESETS[config.model], block_size=config.block_size)))
 
@@ -794,8 +824,8 @@ def open_log(trainer: Trainer, shards: Shards) -> plot.Log:
     """The run's log, which begins with what this process group is."""
     config, world = trainer.config, trainer.world
     start = {"step": trainer.step, "launch": launch(), "processes": world.size, "unigram_loss": shards.unigram_loss}
-    tracker = plot.Tracker(config.tracker, config.out_dir, asdict(config)) if world.leader else None
-    return plot.Log(Path(config.out_dir), tracker, start)
+    tracker = plot.Tracker(config.tracker, config.out_dir, asdict(config), trainer.step) if world.leader else None
+    return plot.Log(Path(config.out_dir), tracker, start, trainer.evaluated)
 
 
 def save(trainer: Trainer, log: plot.Log, shards: Shards, last: bool) -> None:
@@ -816,11 +846,18 @@ def train(config: TrainConfig) -> None:
 
     Raises UsageError for settings that do not fit, DataError for shards or checkpoints that cannot be used.
     """
-    with start_processes(config.device, config.timeout) as world, stop_signals() as signals:
+    with (
+        start_processes(config.device, config.timeout) as world,
+        stop_signals() as signals,
+        contextlib.ExitStack() as held,
+    ):
         config = resolve(config, world.device)
         validate(config, world.size)
         shards = open_shards(config, world)
         batches = Batches(shards.train, config.block_size, config.seed, config.shuffle)
+        if world.leader:
+            Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(Path(config.out_dir), wait=False))
         trainer = start_or_resume(config, world, shards.identity)
         announce(trainer, shards)
         if trainer.step >= config.max_steps:
@@ -835,7 +872,7 @@ def train(config: TrainConfig) -> None:
             clock.tokens += rows[:, 1:].numel()
             if due(config.log_every, trainer):
                 report(trainer, log, clock, rows, loss, norm)
-            stopping = world.any(signals)
+            stopping = world.any(signals) and trainer.step < config.max_steps
             with clock.paused():
                 if not stopping:
                     evaluate(trainer, log, shards, examples)
@@ -852,14 +889,14 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_flags(TrainConfig, argv, __doc__)
     try:
         train(config)
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(f"out of memory: try a smaller --batch_size ({str(error).splitlines()[0]})") from None
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        if not (dist.is_initialized() and re.search("timed out|timeout|connection|peer", reason, re.IGNORECASE)):
-            raise
-        told = f"another process ended, or did not answer within --timeout {config.timeout} s"
-        raise DataError(f"{told}: {reason}") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
+            raise MemoryError(f"out of memory: try a smaller --batch_size ({reason})") from None
+        if "RANK" in os.environ and re.search("timed out|timeout|connection|peer", reason, re.IGNORECASE):
+            told = f"another process ended, or did not answer within --timeout {config.timeout} s"
+            raise DataError(f"{told}: {reason}") from None
+        raise
 
 
 if __name__ == "__main__":

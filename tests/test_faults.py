@@ -141,7 +141,7 @@ def test_lines_are_logged_as_often_as_asked_and_nothing_else_changes(make_shards
 def test_a_log_that_cannot_be_written_is_left_whole_and_does_not_stop_training(make_shards, tmp_path, capsys):
     make_shards(tokens=3000, shard_size=500)
     train_gpt2.main([*RUN, "--max_steps", "3", "--min_lr", "6e-4", "--max_lr", "6e-4", "--warmup_steps", "0"])
-    log = plot.Log(tmp_path / "log", plot.Tracker("none", "", {}), {"step": 3})
+    log = plot.Log(tmp_path / "log", plot.Tracker("none", "", {}, 3), {"step": 3}, True)
     before, limit = resource.getrlimit(resource.RLIMIT_FSIZE), log.path.stat().st_size + 25
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
