@@ -22,6 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -575,10 +576,8 @@ def save_checkpoint(trainer: Trainer, data: list[list]) -> None:
 
 
 def write_checkpoint(trainer: Trainer, data: list[list], directory: Path) -> None:
-    """Write a checkpoint's files, the manifest of their hashes last."""
-    trainer.gpt.save_pretrained(directory)
-    tokenizer.save_pretrained(directory, trainer.gpt.config.block_size)
-    save_tensors(directory / "optimizer.safetensors", state_tensors(trainer))
+    """Write a checkpoint's files, the manifest of their hashes last; threads overlap copying, flushing and hashing."""
+    directory.mkdir(parents=True)
     state = {
         "step": trainer.step,
         "position": trainer.position,
@@ -589,8 +588,15 @@ def write_checkpoint(trainer: Trainer, data: list[list], directory: Path) -> Non
         "scaler": trainer.scaler.state_dict(),
         "versions": versions(),
     }
-    write_json(directory / "trainer.json", state)
-    write_json(directory / "MANIFEST.json", {path.name: sha256(path) for path in sorted(directory.iterdir())})
+    with ThreadPoolExecutor() as threads:
+        optimizer = threads.submit(save_tensors, directory / "optimizer.safetensors", state_tensors(trainer))
+        trainer.gpt.save_pretrained(directory)
+        tokenizer.save_pretrained(directory, trainer.gpt.config.block_size)
+        write_json(directory / "trainer.json", state)
+        optimizer.result()
+        paths = sorted(directory.iterdir())
+        hashes = dict(zip([path.name for path in paths], threads.map(sha256, paths), strict=True))
+    write_json(directory / "MANIFEST.json", hashes)
 
 
 def versions() -> dict[str, str]:
