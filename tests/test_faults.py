@@ -154,6 +154,7 @@ def test_a_log_that_cannot_be_written_is_left_whole_and_does_not_stop_training(m
     assert capsys.readouterr().out.count("cannot be written") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [*sorted(train_gpt2.NEEDED), "MANIFEST.json"])
 @pytest.mark.parametrize("harm", ["cut", "empty", "flip", "remove"])
 def test_each_harm_to_each_file_is_named_and_the_checkpoint_before_is_taken(whole, tmp_path, capsys, file, harm):
