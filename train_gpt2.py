@@ -243,7 +243,8 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
-        store = next(dist.rendezvous("env://", timeout=limit))[0]
+        patience = max(limit, timedelta(minutes=1))  # some processes take longer to start
+        store = next(dist.rendezvous("env://", timeout=patience))[0]
         store = dist.PrefixStore(new_prefix(store, rank, size), store)
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
     yield World(rank, size, device, local_rank)
@@ -269,6 +270,8 @@ def new_prefix(store: dist.Store, rank: int, size: int) -> str:
             store.set(f"answer/{store.get(f'ask/{other}').decode()}", mine)
         others = {other for other in others if not store.check([f"known/{mine}/{other}"])}
         time.sleep(0.01)
+    if others:
+        raise DataError(f"the processes {sorted(others)} did not start within {store.timeout}")
     return mine
 
 
