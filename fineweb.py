@@ -3,11 +3,10 @@
     python fineweb.py                                     # FineWeb-Edu's sample of 10 billion tokens
     python fineweb.py --input 'books/*.parquet' --out books
     python fineweb.py --sample                            # Python's own documentation: small, no download
+    python fineweb.py --verify edu_fineweb10B             # read every shard again, against the manifest
 
 The first shard is for validation, the others for training. Every document is preceded by <|endoftext|> and runs on
 across shards. Run again after an interruption, the same command goes on after the last complete shard.
-
-    python fineweb.py --verify edu_fineweb10B             # read every shard again, against the manifest
 """
 
 from __future__ import annotations

@@ -99,10 +99,8 @@ class Tracker:
 
     def __init__(self, name: str, directory: str, settings: dict, step: int) -> None:
         self.name, self.send, self.end = name, lambda record: None, lambda: None
-        if name != "none":
-            self.attempt(
-                self.open_tensorboard if name == "tensorboard" else self.open_library, directory, settings, step
-            )
+        opening = {"none": lambda *_: None, "tensorboard": self.open_tensorboard}.get(name, self.open_library)
+        self.attempt(opening, directory, settings, step)
 
     def open_tensorboard(self, directory: str, settings: dict, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

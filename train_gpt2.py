@@ -427,7 +427,9 @@ class Trainer:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    skipped: Tensor  # steps without a finite loss and gradient: in all, in a row up to now, most in a row
+    skipped: (
+        Tensor  # steps without a finite loss and gradient: in all, in a row up to now, most in a row since the start
+    )
     step: int = 0
     position: int = 0
     evaluated: bool = False  # at this step
@@ -668,7 +670,8 @@ def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: li
     if trainer.scaler.is_enabled() and state["scaler"]:
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.step, trainer.position, trainer.evaluated = state["step"], state["position"], state["evaluated"]
-    trainer.skipped = torch.tensor(state["skipped"], device=world.device)
+    skipped, in_a_row, _ = state["skipped"]
+    trainer.skipped = torch.tensor([skipped, in_a_row, in_a_row], device=world.device)
     return trainer
 
 
@@ -762,14 +765,14 @@ class Clock:
     """Times the steps between two lines of the log, without the evaluations and checkpoints between them."""
 
     def __init__(self, step: int) -> None:
-        self.began = self.since = time.perf_counter()
+        self.began = self.since = self.paused = time.perf_counter()
         self.first, self.last, self.tokens = step, step, 0
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - before
+    def pause(self) -> None:
+        self.paused = time.perf_counter()
+
+    def go_on(self) -> None:
+        self.since += time.perf_counter() - self.paused
 
     def read(self, step: int, max_steps: int) -> tuple[float, float, float]:
         """Seconds a step and tokens a second since the last reading, and the seconds that the run has left."""
@@ -882,12 +885,13 @@ def train(config: TrainConfig) -> None:
             if due(config.log_every, trainer):
                 report(trainer, log, clock, rows, loss, norm)
             stopping = world.any(signals) and trainer.step < config.max_steps
-            with clock.paused():
-                if not stopping:
-                    evaluate(trainer, log, shards, examples)
-                last = stopping or trainer.step == config.max_steps
-                if last or due(config.save_every, trainer) or due(config.milestone_every, trainer):
-                    save(trainer, log, shards, last)
+            clock.pause()
+            if not stopping:  # else it is made up for on resuming
+                evaluate(trainer, log, shards, examples)
+            last = stopping or trainer.step == config.max_steps
+            if last or due(config.save_every, trainer) or due(config.milestone_every, trainer):
+                save(trainer, log, shards, last)
+            clock.go_on()
         log.close()
         world.wait()  # for the leader to save
         how = "stopped by a signal; continue with --resume" if stopping else "finished"
