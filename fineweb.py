@@ -263,6 +263,7 @@ def quiet_hub(cache: Path | None) -> None:
 
     logging.set_verbosity_error()
     disable_progress_bars()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
 
 
 def list_urls(config: FinewebConfig, cache: Path | None) -> list[str]:
