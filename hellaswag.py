@@ -2,13 +2,19 @@
 
     python hellaswag.py --model log/step_019073
 
-The context and each ending are scored as build-nanogpt does: `acc` picks the ending whose tokens have the least total
-loss, `acc_norm` the one whose tokens have the least mean loss.
+Two scorings, each with two figures: `acc` picks the ending whose tokens have the least total loss, `acc_norm` the one
+with the least loss for its length.
+
+nanogpt, as build-nanogpt does: the context as it is, the endings encoded apart; length in tokens.
+lm_eval, as EleutherAI's lm-evaluation-harness does (task hellaswag, version 1.0): the activity before the context, both
+    texts cleaned, and encoded together; length in characters.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shutil
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -35,33 +41,38 @@ from common import (
     run,
     sha256,
 )
-from model import GPT
+from model import GPT, SOURCES
 from tokenizer import encode
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/a29ff8e9a04bba4bd6588223785ce105328adc57/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 FILE = Path("hellaswag_val.jsonl")
+SCORINGS = ("nanogpt", "lm_eval")
 ENDINGS = 4
 BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class HellaswagConfig(Flags):
-    model: str = flag(required, "checkpoint directory to score")
+    model: str = flag(required, SOURCES)
     data: str | None = flag(None, f"file of examples (default: {FILE}, downloaded if it is not there)")
     limit: int | None = flag(None, "score only this many examples from the start (default: all)", least=1)
+    batch_tokens: int = flag(BATCH_TOKENS, "tokens in a batch, at most; fewer if memory runs out", least=1)
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
 
 
-class Example(NamedTuple):
-    """The tokens of a context and of its four endings, and which of them is right."""
+class Question(NamedTuple):
+    """An example as one of the scorings puts it: tokens, the endings' lengths, and which ending is right."""
 
+    scoring: int
     context: list[int]
     endings: list[list[int]]
+    lengths: list[int]
     label: int
 
-    def longest(self) -> int:
-        return len(self.context) + max(map(len, self.endings))
+    def width(self) -> int:
+        """How many tokens a model reads: the last one of each ending is only predicted."""
+        return len(self.context) + sum(map(len, self.endings)) - ENDINGS
 
 
 def download(path: Path = FILE) -> Path:
@@ -86,74 +97,141 @@ def fetch(path: Path) -> None:
             raise OSError("its sha256 is not the expected one")
 
 
-def load(path: Path, limit: int | None = None) -> list[Example]:
-    """Read and encode the examples of a .jsonl file."""
-    examples: list[Example] = []
+def load(path: Path, share: slice = slice(None)) -> list[Question]:
+    """Read and encode a share of a .jsonl file's examples, two questions each."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if len(examples) == limit:
-                break
-            if line.strip():
-                examples.append(read_example(line, f"{path}, line {number}"))
-    if not examples:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        chosen = itertools.islice(lines, share.start, share.stop, share.step)
+        questions = [q for number, line in chosen for q in read_example(line, f"{path}, line {number}")]
+    if not questions and not share.start:
         raise DataError(f"{path} holds no examples")
-    return examples
+    return questions
 
 
-def read_example(line: bytes, place: str) -> Example:
-    """Encode one example; raises DataError where it is not one."""
+def read_example(line: bytes, place: str) -> list[Question]:
+    """Encode one example for both scorings; raises DataError where it is not one."""
     try:
         row = json.loads(line)
-        context, endings, label = row["ctx"], row["endings"], int(row["label"])
-        if not (context and isinstance(endings, list) and len(endings) == ENDINGS and label in range(ENDINGS)):
+        endings, label = row["endings"], int(row["label"])
+        if not (row["ctx"] and isinstance(endings, list) and len(endings) == ENDINGS and label in range(ENDINGS)):
             raise ValueError("it needs a context, four endings, and a label from 0 to 3")
-        return Example(encode(context), [encode(" " + ending) for ending in endings], label)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        apart = [encode(" " + ending) for ending in endings]
+        nanogpt = Question(0, encode(row["ctx"]), apart, [len(tokens) for tokens in apart], label)
+        context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+        cleaned = [clean(ending) for ending in endings]
+        together = [encode(f"{context} {ending}") for ending in cleaned]
+        start = encode(context.rstrip())  # spaces at its end become the ending's
+        split = [tokens[len(start) :] for tokens in together]
+        return [nanogpt, Question(1, start, split, [len(ending) for ending in cleaned], label)]
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{place}, is not a HellaSwag example: {error}") from None
 
 
-def batches(examples: list[Example]) -> Iterator[list[Example]]:
-    """Group examples of like length, so that little is padding, within a budget of tokens."""
-    batch: list[Example] = []
-    for example in sorted(examples, key=Example.longest):
-        if batch and (len(batch) + 1) * ENDINGS * example.longest() > BATCH_TOKENS:
+def clean(text: str) -> str:
+    """Take out what WikiHow's pages left in the texts, by the harness's rules, in its order."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def batches(questions: list[Question], batch_tokens: int) -> Iterator[list[Question]]:
+    """Group questions of like width, so that little is padding, within a budget of tokens."""
+    batch: list[Question] = []
+    for question in sorted(questions, key=Question.width):
+        if batch and (len(batch) + 1) * question.width() > batch_tokens:
             yield batch
             batch = []
-        batch.append(example)
+        batch.append(question)
     if batch:
         yield batch
 
 
-def ending_losses(gpt: GPT, batch: list[Example]) -> tuple[Tensor, Tensor]:
-    """The total loss, in nats, of each ending's tokens, and their number: (examples, 4) each."""
-    rows = [(example.context + ending, len(ending)) for example in batch for ending in example.endings]
-    rows = [(tokens[-gpt.config.block_size :], scored) for tokens, scored in rows]  # the end of a long context
-    width = max(len(tokens) for tokens, _ in rows)
-    idx = torch.zeros(len(rows), width, dtype=torch.long)  # (B, T), padded on the right, where no token looks
-    scored = torch.zeros(len(rows), width - 1, dtype=torch.bool)  # (B, T - 1): whether the next token is of the ending
-    for row, (tokens, count) in enumerate(rows):
-        idx[row, : len(tokens)] = torch.tensor(tokens)
-        scored[row, max(len(tokens) - 1 - count, 0) : len(tokens) - 1] = True
+class Row(NamedTuple):
+    """A context and endings of it, which are read together: each ending sees the context and itself."""
+
+    context: list[int]
+    endings: list[list[int]]
+
+    def layout(self) -> tuple[list[int], list[int], list[int]]:
+        """The tokens to read, their positions, and whose they are: 0 the context's, 1 the first ending's ..."""
+        tokens, positions, parts = [*self.context], [*range(len(self.context))], [0] * len(self.context)
+        for number, ending in enumerate(self.endings, 1):
+            tokens += ending[:-1]
+            positions += range(len(self.context), len(self.context) + len(ending) - 1)
+            parts += [number] * (len(ending) - 1)
+        return tokens, positions, parts
+
+    def predictors(self) -> Iterator[list[int]]:
+        """For each ending, the places in the row after which its tokens come."""
+        start = len(self.context)
+        for ending in self.endings:
+            stop = start + len(ending) - 1
+            yield [len(self.context) - 1, *range(start, stop)]
+            start = stop
+
+
+def rows(question: Question, block_size: int) -> list[Row]:
+    """A question as one row; where an ending does not fit, as a row each, with the end of the context that does."""
+    _, context, endings, *_ = question
+    if len(context) + max(map(len, endings)) <= block_size + 1:
+        return [Row(context, endings)]
+    windows = [(context + ending)[-block_size - 1 :] for ending in endings]
+    scored = [min(len(ending), block_size) for ending in endings]
+    return [Row(tokens[:-count], [tokens[-count:]]) for tokens, count in zip(windows, scored, strict=True)]
+
+
+def ending_losses(gpt: GPT, batch: list[Row]) -> Tensor:
+    """The total loss, in nats, of the tokens of each row's endings, one after the other."""
     device = gpt.lm_head.weight.device
-    idx, scored = idx.to(device), scored.to(device)
-    logits = gpt.lm_head(gpt.hidden(idx)[:, :-1][scored])  # (N, V), for the N tokens of endings alone
-    losses = F.cross_entropy(logits.float(), idx[:, 1:][scored], reduction="none")  # (N)
-    totals = torch.zeros(len(rows), device=device).index_add(0, scored.nonzero()[:, 0], losses)
-    return totals.view(-1, ENDINGS), scored.sum(dim=1).view(-1, ENDINGS)
+    columns = zip(*(row.layout() for row in batch), strict=True)
+    # on the right of shorter rows stand zeros of a part of their own, which no token looks at
+    padded = [pad(column, value) for column, value in zip(columns, (0, 0, -1), strict=True)]
+    idx, positions, parts = (tensor.to(device) for tensor in padded)  # (B, T) each
+    seen, T = parts[:, None, :], idx.shape[1]
+    mask = ((seen == 0) | (seen == parts[:, :, None])).tril()  # (B, T, T)
+    hidden = gpt.hidden(idx, positions, mask[:, None]).flatten(0, 1)  # (B T, C)
+    places = [[number * T + place for place in some] for number, row in enumerate(batch) for some in row.predictors()]
+    targets = [ending for row in batch for ending in row.endings]
+    losses = token_losses(gpt, hidden[torch.tensor(sum(places, []), device=device)], sum(targets, []))
+    owners = torch.arange(len(targets)).repeat_interleave(torch.tensor([len(ending) for ending in targets]))
+    return torch.zeros(len(targets), dtype=torch.float64).index_add(0, owners, losses)
+
+
+def pad(lists: list[list[int]], value: int) -> Tensor:
+    return nn.utils.rnn.pad_sequence([torch.tensor(some) for some in lists], batch_first=True, padding_value=value)
+
+
+def token_losses(gpt: GPT, hidden: Tensor, targets: list[int]) -> Tensor:
+    """The losses of tokens (N) after hidden states (N, C), on the CPU; logits of few at a time, which are large."""
+    pairs = zip(hidden.split(1024), torch.tensor(targets, device=hidden.device).split(1024), strict=True)
+    losses = [F.cross_entropy(gpt.lm_head(some).float(), wanted, reduction="none") for some, wanted in pairs]
+    return torch.cat(losses).double().cpu()
 
 
 @torch.no_grad()
-def count_correct(gpt: GPT, examples: list[Example], progress: bool = False) -> Tensor:
-    """How many examples the model gets right by total and by mean loss: two integers."""
-    correct = torch.zeros(2, dtype=torch.long)
-    with tqdm(total=len(examples), unit=" examples", disable=None if progress else True) as bar:
-        for batch in batches(examples):
-            totals, lengths = ending_losses(gpt, batch)
-            labels = torch.tensor([example.label for example in batch])
-            for kind, losses in enumerate((totals, totals / lengths)):
-                correct[kind] += (losses.argmin(dim=1).cpu() == labels).sum()
+def count_correct(
+    gpt: GPT, questions: list[Question], batch_tokens: int = BATCH_TOKENS, progress: bool = False
+) -> Tensor:
+    """How many questions of each scoring the model gets right, by `acc` and by `acc_norm`: integers (2, 2)."""
+    correct = torch.zeros(len(SCORINGS), 2, dtype=torch.long)
+    with tqdm(total=len(questions), unit=" questions", disable=None if progress else True, leave=False) as bar:
+        for batch in batches(questions, batch_tokens):
+            read = [row for question in batch for row in rows(question, gpt.config.block_size)]
+            # a tie of endings that are alike goes to the first, whatever their rounding is
+            alike = torch.tensor([[q.endings.index(ending) for ending in q.endings] for q in batch])
+            totals = ending_losses(gpt, read).view(-1, ENDINGS).gather(1, alike)
+            lengths, labels = (
+                torch.tensor(column) for column in zip(*((q.lengths, q.label) for q in batch), strict=True)
+            )
+            right = [losses.argmin(dim=1) == labels for losses in (totals, totals / lengths)]
+            correct.index_add_(0, torch.tensor([q.scoring for q in batch]), torch.stack(right, dim=1).long())
             bar.update(len(batch))
     return correct
+
+
+def accuracies(correct: Tensor, questions: int) -> dict[str, float]:
+    """The figures by their names, such as `lm_eval_acc_norm`, from `count_correct`'s of so many questions."""
+    names = [f"{scoring}_{kind}" for scoring in SCORINGS for kind in ("acc", "acc_norm")]
+    return dict(zip(names, (correct.flatten() * len(SCORINGS) / questions).tolist(), strict=True))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,10 +239,11 @@ def main(argv: list[str] | None = None) -> None:
     if config.data and not Path(config.data).is_file():
         raise UsageError(f"--data {config.data}: no such file")
     gpt = GPT.from_pretrained(config.model).to(choose_device(config.device))
-    examples = load(Path(config.data) if config.data else download(), config.limit)
-    acc, acc_norm = (int(correct) for correct in count_correct(gpt, examples, progress=True))
-    n = len(examples)
-    print(f"{n} examples: acc {acc / n:.4f} ({acc} right), acc_norm {acc_norm / n:.4f} ({acc_norm} right)")
+    questions = load(Path(config.data) if config.data else download(), slice(config.limit))
+    correct, n = count_correct(gpt, questions, config.batch_tokens, progress=True), len(questions) // len(SCORINGS)
+    print(f"{n} examples")
+    for scoring, (acc, acc_norm) in zip(SCORINGS, correct.tolist(), strict=True):
+        print(f"{scoring:8} acc {acc / n:.4f} ({acc} right), acc_norm {acc_norm / n:.4f} ({acc_norm} right)")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import DataError, replacing, write_json
+from common import DataError, replacing, sha256, write_json
 from tokenizer import END_OF_TEXT, N_TOKENS
 
 # Hugging Face stores these as (in, out), the transpose of nn.Linear's
@@ -49,6 +51,24 @@ PRESETS = {
 }
 
 
+SOURCES = "checkpoint directory, or model on the Hugging Face Hub, as gpt2 or gpt2-xl"  # that `from_pretrained` takes
+
+
+class Cache:
+    """The keys and values (B, H, T, D) that a layer has computed, with room for `size` tokens."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.length = size, 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the next tokens; returns all up to here."""
+        if self.length == 0:
+            self.k, self.v = (new.new_empty(*new.shape[:2], self.size, new.shape[3]) for new in (k, v))
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length], self.v[:, :, start : self.length] = k, v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
 class Attention(nn.Module):
     """Causal self-attention, with the query, key and value projections fused as in GPT-2."""
 
@@ -58,11 +78,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -88,8 +110,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -121,16 +143,30 @@ class GPT(nn.Module):
             # apply() visits a module after its children, so this draw replaces the one above
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """The final hidden states (B, T, C) of token ids (B, T): what `lm_head` turns into logits."""
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}")
+    def hidden(
+        self,
+        idx: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        caches: list[Cache] | None = None,
+    ) -> Tensor:
+        """The final hidden states (B, T, C) of token ids (B, T): what `lm_head` turns into logits.
+
+        A token sees itself and those before it. `caches`, one a layer, are filled with what later tokens need; those
+        come one at a time, without the ones before. Or `positions` (B, T) and a `mask` (B, 1, T, T), true where the
+        token of a row sees that of a column, tell where each token stands and what it sees.
+        """
+        T, seen = idx.shape[1], caches[0].length if caches else 0
+        assert seen == 0 or T == 1
+        if positions is None:
+            if seen + T > self.config.block_size:
+                raise ValueError(f"a sequence of {seen + T} tokens is longer than block_size {self.config.block_size}")
+            positions = torch.arange(seen, seen + T, device=idx.device)  # (T)
         if idx.is_cpu and not torch.compiler.is_compiling():  # elsewhere the check would wait for the device
             self.check_ids(idx)
-        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer, strict=True):
+            x = block(x, mask, cache)
         return self.transformer.ln_f(x)
 
     def check_ids(self, idx: Tensor) -> None:
@@ -150,27 +186,58 @@ class GPT(nn.Module):
         return logits, loss
 
     @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the ids (B, 1) that continue token ids (B, T), one sampled for each row at a time.
+
+        Temperature 0 takes the likeliest token; otherwise one is drawn from the `top_k` likeliest, and of these from
+        the fewest whose probabilities come to `top_p` (Holtzman et al., 2020). Ids that only pad the vocabulary are
+        never drawn. The model sees the last block_size tokens. Up to there, keys and values are cached; past it, the
+        window slides by a token a step, which moves every position, so that each step reads the whole window. Raises
+        ValueError for an empty prompt or settings out of range.
+        """
+        if idx.shape[1] == 0 or temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
+            given = f"{idx.shape[1]} tokens, temperature {temperature}, top_k {top_k}, top_p {top_p}"
+            raise ValueError(f"need a prompt, temperature >= 0, top_k >= 1 and 0 < top_p <= 1, not {given}")
+        self.check_ids(idx)
+        block_size, room, unread = self.config.block_size, 0, idx
+        for _ in range(max_new_tokens):
+            if room == 0:
+                caches = [Cache(block_size) for _ in self.transformer.h]
+                unread, room = idx[:, -block_size:], block_size
+            last = self.hidden(unread, caches=caches)[:, -1]  # (B, C)
+            room -= unread.shape[1]
+            logits = self.lm_head(last)[:, :N_TOKENS].float()  # (B, V)
+            unread = draw(logits, temperature, top_k, top_p, generator)
+            idx = torch.cat([idx, unread], dim=1)
+            yield unread
+
     def generate(
         self,
         idx: Tensor,
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue token ids (B, T) by max_new_tokens sampled ones: (B, T + max_new_tokens).
+        """Token ids (B, T) and what `stream` continues them by: (B, T + max_new_tokens), or shorter if all rows end.
 
-        Temperature 0 takes the likeliest token. Past block_size the model sees the last block_size tokens. Ids that
-        only pad the vocabulary are never drawn. Raises ValueError for an empty prompt or settings out of range.
+        A row ends with its first new <|endoftext|>, and is filled up with it until the others have ended too.
         """
-        if idx.shape[1] == 0 or temperature < 0 or (top_k is not None and top_k < 1):
-            given = f"{idx.shape[1]} tokens, temperature {temperature}, top_k {top_k}"
-            raise ValueError(f"need a prompt, temperature >= 0 and top_k >= 1, not {given}")
-        self.check_ids(idx)
-        for _ in range(max_new_tokens):
-            last = self.hidden(idx[:, -self.config.block_size :])[:, -1]  # (B, C)
-            logits = self.lm_head(last)[:, :N_TOKENS].float()  # (B, V)
-            idx = torch.cat([idx, draw(logits, temperature, top_k, generator)], dim=1)
+        ended = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+        for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator):
+            idx = torch.cat([idx, new.masked_fill(ended, END_OF_TEXT)], dim=1)
+            ended |= new == END_OF_TEXT
+            if ended.all():
+                break
         return idx
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -183,27 +250,89 @@ class GPT(nn.Module):
         write_json(directory / "config.json", huggingface_config(self.config))
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> GPT:
-        """Load a directory in the Hugging Face layout; raises DataError where it does not hold such a GPT-2."""
-        directory = Path(directory)
-        for name in ("config.json", "model.safetensors"):
-            if not (directory / name).is_file():
-                raise DataError(f"{directory} is not a checkpoint: it has no {name}")
-        gpt = cls(read_config(directory / "config.json"))
-        weights = load_tensors(directory / "model.safetensors")
-        weights = {full_name(name): stored(name, weight) for name, weight in weights.items() if not is_mask(name)}
-        weights.setdefault("lm_head.weight", weights.get("transformer.wte.weight"))
-        wanted = {name: weight.shape for name, weight in gpt.state_dict().items()}
-        wrong = [name for name in wanted | weights if getattr(weights.get(name), "shape", None) != wanted.get(name)]
-        if wrong:
-            raise DataError(f"{directory / 'model.safetensors'} does not fit its config.json: {', '.join(wrong[:3])}")
-        if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
-            raise DataError(f"{directory} has a classifier that is not tied to its embedding, which GPT-2's is")
-        gpt.load_state_dict(weights)
+    def from_pretrained(cls, source: str | Path, vocab_multiple: int = 1, block_size: int | None = None) -> GPT:
+        """Load a directory in the Hugging Face layout, or a model of the Hub by its name, as `gpt2` or `gpt2-xl`.
+
+        The vocabulary is padded to a multiple of `vocab_multiple`, the positions are cropped to `block_size`. Raises
+        DataError where the source cannot be had or holds no such GPT-2, ValueError for more positions than it has.
+        """
+        config = read_config(find_file(source, "config.json"))
+        with torch.device("meta"):
+            shapes = {name: weight.shape for name, weight in cls(config).state_dict().items()}
+        config, weights = resize(config, read_weights(source, shapes), vocab_multiple, block_size or config.block_size)
+        with torch.device("meta"):  # to draw initial weights would take longer than to read these
+            gpt = cls(config)
+        gpt.to_empty(device="cpu").load_state_dict(weights)
+        gpt.lm_head.weight = gpt.transformer.wte.weight
         return gpt
 
 
-def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+def find_file(source: str | Path, name: str) -> Path:
+    """A file of a directory, or of a model on the Hugging Face Hub; raises DataError where it cannot be had."""
+    first, *rest = Path(source).parts or [""]
+    if Path(source).is_dir() or Path(first).exists() or len(rest) > 1 or Path(source).is_absolute():
+        path = Path(source) / name
+        if not path.is_file():
+            raise DataError(f"{source} is not a checkpoint: there is no {path}")
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(str(source), name)).resolve()
+    except Exception as error:  # the library promises no particular ones
+        reason = " ".join(str(error).split())
+        raise DataError(f"{source} is no directory here, and {name} did not come from the Hub: {reason}") from None
+    if re.fullmatch("[0-9a-f]{64}", path.name) and sha256(path) != path.name:  # by which the Hub's cache names it
+        path.unlink()
+        raise DataError(f"{name} of {source} did not come whole from the Hub: run the same command again")
+    return path
+
+
+def weight_files(source: str | Path) -> list[Path]:
+    """model.safetensors, or the files that its index lists."""
+    try:
+        return [find_file(source, "model.safetensors")]
+    except DataError as missing:
+        try:
+            index = json.loads(find_file(source, "model.safetensors.index.json").read_text(encoding="utf-8"))
+        except DataError:
+            raise missing from None
+    return [find_file(source, name) for name in sorted(set(index["weight_map"].values()))]
+
+
+def read_weights(source: str | Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The weights by their names in this program; raises DataError unless they have these shapes, and are GPT-2's."""
+    read = {name: weight for path in weight_files(source) for name, weight in load_tensors(path).items()}
+    weights = {full_name(name): stored(name, weight) for name, weight in read.items() if not is_mask(name)}
+    weights.setdefault("lm_head.weight", weights.get("transformer.wte.weight"))
+    wrong = [name for name in shapes | weights if getattr(weights.get(name), "shape", None) != shapes.get(name)]
+    if wrong:
+        raise DataError(f"the weights of {source} do not fit its config.json: {', '.join(wrong[:3])}")
+    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise DataError(f"{source} has a classifier that is not tied to its embedding, which GPT-2's is")
+    return weights
+
+
+def resize(
+    config: GPTConfig, weights: dict[str, Tensor], vocab_multiple: int, block_size: int
+) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Pad the vocabulary and crop the positions; raises ValueError for more positions than there are.
+
+    A row that pads is the mean of the others, so that its logit is the mean of theirs: N of them beside V others get at
+    most N / (N + V) of the probability, by Jensen's inequality. Rows of zeros could get nearly all of it.
+    """
+    if block_size > config.block_size:
+        raise ValueError(f"block_size {block_size} is more than the model's {config.block_size}")
+    vocab_size = math.ceil(config.vocab_size / vocab_multiple) * vocab_multiple
+    embedding, positions = weights["transformer.wte.weight"].float(), weights["transformer.wpe.weight"][:block_size]
+    embedding = torch.cat([embedding, embedding.mean(dim=0).expand(vocab_size - config.vocab_size, -1)])
+    changed = {"transformer.wte.weight": embedding, "lm_head.weight": embedding, "transformer.wpe.weight": positions}
+    return replace(config, vocab_size=vocab_size, block_size=block_size), weights | changed
+
+
+def draw(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
+) -> Tensor:
     """Sample one id (B, 1) from each row of logits (B, V)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -211,7 +340,12 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
     logits = logits - logits.amax(dim=-1, keepdim=True)  # so that the smallest temperature does not overflow
-    return torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1, generator=generator)
+    probabilities = F.softmax(logits / temperature, dim=-1)
+    if top_p < 1:
+        falling, order = probabilities.sort(dim=-1, descending=True)
+        before = falling.cumsum(dim=-1) - falling  # what the likelier ones have together
+        probabilities = torch.zeros_like(falling).scatter(1, order, falling.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(probabilities, num_samples=1, generator=generator)
 
 
 def stored(name: str, weight: Tensor) -> Tensor:

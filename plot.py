@@ -146,10 +146,10 @@ def draw(directory: Path) -> Path:
     records = read_log(directory / "log.jsonl")
     curves = {
         key: [(record["step"], record[key]) for record in records if record.get(key) is not None]
-        for key in ("loss", "val_loss", "hellaswag_acc_norm")
+        for key in ("loss", "val_loss", "hellaswag_nanogpt_acc_norm")
     }
     unigram = next((record["unigram_loss"] for record in records if record.get("unigram_loss")), None)
-    panels = 2 if curves["hellaswag_acc_norm"] else 1
+    panels = 2 if curves["hellaswag_nanogpt_acc_norm"] else 1
     figure = Figure(figsize=(7 * panels, 5), layout="constrained")
     loss, *rest = figure.subplots(1, panels, squeeze=False)[0]
     for key, label in (("loss", "train"), ("val_loss", "validation")):
@@ -159,9 +159,9 @@ def draw(directory: Path) -> Path:
     loss.set(xlabel="step", ylabel="loss (nats a token)")
     loss.legend()
     for accuracy in rest:
-        accuracy.plot(*zip(*curves["hellaswag_acc_norm"], strict=True), marker=".", label="this run")
+        accuracy.plot(*zip(*curves["hellaswag_nanogpt_acc_norm"], strict=True), marker=".", label="this run")
         accuracy.axhline(GPT2_HELLASWAG, color="gray", linestyle="--", label=f"OpenAI GPT-2 124M {GPT2_HELLASWAG}")
-        accuracy.set(xlabel="step", ylabel="HellaSwag acc_norm")
+        accuracy.set(xlabel="step", ylabel="HellaSwag acc_norm (nanogpt)")
         accuracy.legend()
     with replacing(directory / "loss.png") as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import os
 import shutil
 import typing
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common import DataError, replacing, sha256, write_json
@@ -59,6 +61,14 @@ def decode(tokens: list[int]) -> str:
     if tokens and not 0 <= min(tokens) <= max(tokens) < N_TOKENS:
         raise ValueError(f"token ids go from 0 to {N_TOKENS - 1}; got {min(tokens)} to {max(tokens)}")
     return encoding().decode(tokens)
+
+
+def decode_stream(tokens: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they come; a character whose bytes are split among tokens comes with the last of them."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        yield decoder.decode(encoding().decode_single_token_bytes(token))
+    yield decoder.decode(b"", final=True)
 
 
 def save_pretrained(directory: Path, block_size: int) -> None:

@@ -49,11 +49,12 @@ from common import (
     flush,
     locked,
     parse_flags,
+    replacing,
     run,
     sha256,
     write_json,
 )
-from model import GPT, PRESETS, load_tensors, save_tensors
+from model import GPT, PRESETS, SOURCES, GPTConfig, find_file, load_tensors, read_config, save_tensors
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
@@ -100,6 +101,7 @@ class TrainConfig(Flags):
     """What a run does. A field marked `fixed` alters its results beyond rounding: a resumed run must keep it."""
 
     model: str | None = flag(None, "size (default: gpt2 on a CUDA device, else debug)", choices=[*PRESETS], fixed=True)
+    init_from: str | None = flag(None, f"start from this {SOURCES} (default: from random weights)", fixed=True)
     data_dir: str | None = flag(None, f"shards (default: {FULL_DATA}; for debug without it, {SAMPLE_DATA})")
     out_dir: str = flag("log", "directory of the checkpoints, log.jsonl and loss.png")
     resume: bool = flag(False, "go on from the newest checkpoint in out_dir, if there is one")
@@ -114,7 +116,7 @@ class TrainConfig(Flags):
 
     max_steps: int | None = by_model("max_steps", "optimizer steps of the whole run", least=1)
     warmup_steps: int | None = by_model("warmup_steps", "optimizer steps of linear warm-up", fixed=True)
-    max_lr: float | None = by_model("max_lr", "learning rate after warm-up", fixed=True)
+    max_lr: float | None = by_model("max_lr", "learning rate after warm-up; a tenth with init_from", fixed=True)
     min_lr: float | None = flag(None, "learning rate at the end (default: a tenth of max_lr)", fixed=True)
     optimizer: str = flag("adamw", "the optimizer", choices=["adamw"], fixed=True)
     beta1: float = flag(0.9, "decay of AdamW's mean of gradients", fixed=True)
@@ -139,19 +141,38 @@ class TrainConfig(Flags):
     compile: bool | None = flag(None, "compile the model (default: true on a CUDA device, else false)")
 
 
+def choose_model(config: TrainConfig, device: torch.device) -> tuple[str, GPTConfig]:
+    """The name of the recipe, and the network's sizes; raises UsageError for a model that cannot be trained."""
+    if config.init_from is None:
+        model = config.model or ("gpt2" if device.type == "cuda" else "debug")
+        return model, PRESETS[model]
+    sizes = read_config(find_file(config.init_from, "config.json"))
+    if config.model:
+        raise UsageError(f"--init_from {config.init_from} brings its own size: leave out --model {config.model}")
+    if sizes.vocab_size < tokenizer.N_TOKENS:
+        raise UsageError(f"--init_from {config.init_from} has {sizes.vocab_size} tokens, fewer than GPT-2")
+    as_large = [name for name, p in PRESETS.items() if p.n_layer >= sizes.n_layer and p.n_embd >= sizes.n_embd]
+    return [*as_large, "gpt2-xl"][0], sizes
+
+
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     """Fill in the defaults that depend on the device and the model."""
-    model = config.model or ("gpt2" if device.type == "cuda" else "debug")
+    model, sizes = choose_model(config, device)
+    if config.block_size and config.block_size > sizes.block_size:
+        raise UsageError(f"--block_size {config.block_size} is beyond the model's: at most {sizes.block_size}")
+    recipe = RECIPES[model]
+    if config.init_from:
+        recipe = recipe._replace(max_lr=recipe.max_lr / 10)
     full = True
     if model == "debug" and config.data_dir is None:
         manifest = fineweb.load_manifest(Path(FULL_DATA)) or {"complete": any(Path(FULL_DATA).glob("*.npy"))}
         full = manifest["complete"]
-    defaults = RECIPES[model]._asdict() | {
+    defaults = recipe._asdict() | {
         "model": model,
         "data_dir": FULL_DATA if full else SAMPLE_DATA,
-        "block_size": PRESETS[model].block_size,
-        "initial_batch_size": config.total_batch_size or RECIPES[model].total_batch_size,
-        "min_lr": 0.1 * (RECIPES[model].max_lr if config.max_lr is None else config.max_lr),
+        "block_size": sizes.block_size,
+        "initial_batch_size": config.total_batch_size or recipe.total_batch_size,
+        "min_lr": 0.1 * (recipe.max_lr if config.max_lr is None else config.max_lr),
         "compile": device.type == "cuda",
     }
     dtype = auto_dtype(device) if config.dtype == "auto" else config.dtype
@@ -168,9 +189,6 @@ def auto_dtype(device: torch.device) -> str:
 
 def validate(config: TrainConfig, processes: int) -> None:
     """Raise UsageError for settings that do not fit together."""
-    if config.block_size > PRESETS[config.model].block_size:
-        limit = PRESETS[config.model].block_size
-        raise UsageError(f"--block_size {config.block_size} is beyond {config.model}'s: at most {limit}")
     micro = config.batch_size * config.block_size * processes
     for name in ("total_batch_size", "initial_batch_size"):
         value = getattr(config, name)
@@ -286,6 +304,7 @@ class Shards:
     train: list[np.ndarray]
     identity: list[list]
     unigram_loss: float | None
+    source: dict | None
 
 
 def build_sample(world: World) -> None:
@@ -318,7 +337,7 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
     identity = [[name, len(shard), digest] for name, shard, digest in zip(names, shards, hashes, strict=True)]
     if len(shards[0]) <= config.block_size or sum(map(len, shards[1:])) <= config.total_batch_size:
         raise UsageError(f"--data_dir {directory} holds too few tokens for one batch: lower --total_batch_size")
-    return Shards(shards[0], shards[1:], identity, manifest.get("unigram_loss"))
+    return Shards(shards[0], shards[1:], identity, manifest.get("unigram_loss"), manifest.get("source"))
 
 
 def open_shard(path: Path, listed: dict | None) -> np.ndarray:
@@ -427,9 +446,8 @@ class Trainer:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    skipped: (
-        Tensor  # steps without a finite loss and gradient: in all, in a row up to now, most in a row since the start
-    )
+    skipped: Tensor  # steps without finite loss and gradient: in all, in a row up to now, most in a row since the start
+    scores: dict[str, tuple[int, float]]  # the latest of each, and its step
     step: int = 0
     position: int = 0
     evaluated: bool = False  # at this step
@@ -447,7 +465,7 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
     skipped = torch.zeros(3, dtype=torch.int64, device=world.device)
-    return Trainer(config, world, gpt, model, make_optimizer(gpt, config), scaler, skipped)
+    return Trainer(config, world, gpt, model, make_optimizer(gpt, config), scaler, skipped, scores={})
 
 
 def share(rows: Tensor, batch_size: int, world: World) -> Tensor:
@@ -511,7 +529,7 @@ def validation_loss(trainer: Trainer, val: np.ndarray) -> float:
     return float(world.sum(torch.tensor(total, dtype=torch.float64))) / (count * T)
 
 
-def load_hellaswag(config: TrainConfig, world: World) -> list[hellaswag.Example] | None:
+def load_hellaswag(config: TrainConfig, world: World) -> list[hellaswag.Question] | None:
     """This process's share of HellaSwag; where a machine cannot have the file, a notice and None for all."""
     failed = torch.tensor(0)
     if config.hellaswag_every and world.local_rank == 0:
@@ -522,27 +540,32 @@ def load_hellaswag(config: TrainConfig, world: World) -> list[hellaswag.Example]
             failed += 1
     if world.sum(failed) or not config.hellaswag_every:
         return None
-    return hellaswag.load(hellaswag.FILE)[world.rank :: world.size]
+    return hellaswag.load(hellaswag.FILE, slice(world.rank, None, world.size))
 
 
-def evaluate(trainer: Trainer, log: plot.Log, shards: Shards, examples: list[hellaswag.Example] | None) -> None:
+def evaluate(trainer: Trainer, log: plot.Log, shards: Shards, questions: list[hellaswag.Question] | None) -> None:
     """Whatever is due at this step: validation loss, HellaSwag, samples, the picture."""
     config, world, step = trainer.config, trainer.world, f"step {trainer.step:5d}"
     trainer.evaluated = True
     if due(config.eval_every, trainer):
         loss, unigram = validation_loss(trainer, shards.val), format_or_na(shards.unigram_loss, ".4f")
         log.write(f"{step} | validation loss {loss:.4f} (unigram {unigram})", step=trainer.step, val_loss=loss)
-    if examples is not None and due(config.hellaswag_every, trainer):
+        trainer.scores["validation loss"] = trainer.step, loss
+    if questions is not None and due(config.hellaswag_every, trainer):
         with trainer.autocast():
-            correct = world.sum(hellaswag.count_correct(trainer.gpt, examples))
-        acc, acc_norm = (correct / world.sum(torch.tensor(len(examples)))).tolist()
-        text = f"{step} | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}"
-        log.write(text, step=trainer.step, hellaswag_acc=acc, hellaswag_acc_norm=acc_norm)
+            correct = world.sum(hellaswag.count_correct(trainer.gpt, questions, progress=world.leader))
+        count = int(world.sum(torch.tensor(len(questions))))
+        found = {f"hellaswag_{name}": value for name, value in hellaswag.accuracies(correct, count).items()}
+        log.write(
+            " | ".join([step, *(f"{name} {value:.4f}" for name, value in found.items())]), step=trainer.step, **found
+        )
+        trainer.scores |= {name: (trainer.step, value) for name, value in found.items()}
     if world.leader and due(config.sample_every, trainer):
         wanted = sample.SampleConfig(checkpoint=config.out_dir, max_new_tokens=32, seed=config.seed)
-        with trainer.autocast():
-            texts = sample.complete(trainer.gpt, wanted)
-        world.print("\n".join(f"{step} | {text!r}" for text in texts))
+        for number in range(wanted.num_samples):
+            with trainer.autocast():
+                text = "".join(sample.continuation(trainer.gpt, wanted, sample.PROMPT, number))
+            world.print(f"{step} | {sample.PROMPT + text!r}")
     if due(config.eval_every, trainer):
         log.draw()
 
@@ -564,13 +587,13 @@ def checkpoints(out_dir: Path) -> dict[int, Path]:
     return dict(sorted(((int(path.name[5:]), path) for path in found), reverse=True))
 
 
-def save_checkpoint(trainer: Trainer, data: list[list]) -> None:
+def save_checkpoint(trainer: Trainer, shards: Shards) -> None:
     """Write a checkpoint that is either complete or absent, then remove older ones; raises OSError on a full disk."""
     out_dir, step = Path(trainer.config.out_dir), trainer.step
     temporary = out_dir / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write_checkpoint(trainer, data, temporary)
+        write_checkpoint(trainer, shards, temporary)
         os.replace(temporary, out_dir / f"step_{step:06d}")
         flush(out_dir)
     finally:
@@ -580,16 +603,17 @@ def save_checkpoint(trainer: Trainer, data: list[list]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_checkpoint(trainer: Trainer, data: list[list], directory: Path) -> None:
+def write_checkpoint(trainer: Trainer, shards: Shards, directory: Path) -> None:
     """Write a checkpoint's files, the manifest of their hashes last; threads overlap copying, flushing and hashing."""
     directory.mkdir(parents=True)
     state = {
         "step": trainer.step,
         "position": trainer.position,
         "config": asdict(trainer.config),
-        "data": data,
+        "data": shards.identity,
         "skipped": trainer.skipped.tolist(),
         "evaluated": trainer.evaluated,
+        "scores": trainer.scores,
         "scaler": trainer.scaler.state_dict(),
         "versions": versions(),
     }
@@ -598,10 +622,58 @@ def write_checkpoint(trainer: Trainer, data: list[list], directory: Path) -> Non
         trainer.gpt.save_pretrained(directory)
         tokenizer.save_pretrained(directory, trainer.gpt.config.block_size)
         write_json(directory / "trainer.json", state)
+        with replacing(directory / "README.md") as temporary:
+            temporary.write_text(model_card(trainer, shards), encoding="utf-8")
         optimizer.result()
         paths = sorted(directory.iterdir())
         hashes = dict(zip([path.name for path in paths], threads.map(sha256, paths), strict=True))
     write_json(directory / "MANIFEST.json", hashes)
+
+
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2]
+datasets: {datasets}
+---
+
+# GPT-2 with {parameters:,} parameters
+
+{n_layer} layers, {n_head} heads, {n_embd} channels, {block_size} positions, {vocab_size} token ids.
+Begun with {begun}, trained for {step} of {max_steps} optimizer steps on {tokens:,} tokens from:
+
+{source}
+
+| score | step | value |
+|---|---|---|
+{scores}
+
+Losses are in nats a token. HellaSwag's validation set is scored as build-nanogpt does (nanogpt), and as
+lm-evaluation-harness does (lm_eval).
+
+```python
+from transformers import pipeline
+
+pipeline("text-generation", model="PATH OF THIS DIRECTORY")("Hello, I'm a language model,")
+```
+"""
+
+
+def model_card(trainer: Trainer, shards: Shards) -> str:
+    """README.md as the Hugging Face Hub shows it: how the model was made, how good it is, how to load it."""
+    config = trainer.config
+    source = shards.source or {"shards": config.data_dir}
+    return MODEL_CARD.format(
+        **asdict(trainer.gpt.config),
+        datasets=json.dumps([source["dataset"]] if "dataset" in source else []),
+        parameters=sum(parameter.numel() for parameter in trainer.gpt.parameters()),
+        begun=config.init_from or "random weights",
+        step=trainer.step,
+        max_steps=config.max_steps,
+        tokens=trainer.position,
+        source="\n".join(f"- {key}: {json.dumps(value)}" for key, value in source.items()),
+        scores="\n".join(f"| {name} | {step} | {value:.4f} |" for name, (step, value) in trainer.scores.items()),
+    )
 
 
 def versions() -> dict[str, str]:
@@ -669,7 +741,8 @@ def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: li
         torch.cuda.set_rng_state(tensors["random.cuda"], world.device)
     if trainer.scaler.is_enabled() and state["scaler"]:
         trainer.scaler.load_state_dict(state["scaler"])
-    trainer.step, trainer.position, trainer.evaluated = state["step"], state["position"], state["evaluated"]
+    for name in ("step", "position", "evaluated", "scores"):
+        setattr(trainer, name, state[name])
     skipped, in_a_row, _ = state["skipped"]
     trainer.skipped = torch.tensor([skipped, in_a_row, in_a_row], device=world.device)
     return trainer
@@ -720,8 +793,8 @@ def announce(trainer: Trainer, shards: Shards) -> None:
     micro = config.batch_size * config.block_size * world.size
     ramp = f", from {config.initial_batch_size:,} at first" if config.batch_ramp_tokens else ""
     world.print(
-        f"model {config.model} on {world.size} x {device_name(world.device)}, {config.dtype}, compile {config.compile} "
-        f"(choose with --model, --device, --dtype, --compile)\n"
+        f"model {config.init_from or config.model} on {world.size} x {device_name(world.device)}, {config.dtype}, "
+        f"compile {config.compile} (choose with --model or --init_from, --device, --dtype, --compile)\n"
         f"data {config.data_dir} (choose with --data_dir): {sum(map(len, shards.train)):,} train tokens, "
         f"{len(shards.val):,} val tokens, unigram loss {format_or_na(shards.unigram_loss, '.4f')}\n"
         f"batch of {config.total_batch_size:,} tokens{ramp}: {config.total_batch_size // micro} accumulation steps of "
@@ -730,7 +803,8 @@ def announce(trainer: Trainer, shards: Shards) -> None:
     for group in trainer.optimizer.param_groups:
         sizes = [parameter.numel() for parameter in group["params"]]
         world.print(f"weight decay {group['weight_decay']}: {len(sizes)} tensors, {sum(sizes):,} parameters")
-    world.print(f"expected first loss: ln({vocab_size}) = {math.log(vocab_size):.4f}")
+    if not config.init_from:
+        world.print(f"expected first loss: ln({vocab_size}) = {math.log(vocab_size):.4f}")
 
 
 def format_or_na(value: float | None, how: str) -> str:
@@ -741,6 +815,8 @@ def report(trainer: Trainer, log: plot.Log, clock: Clock, rows: Tensor, loss: Te
     """Log the last optimizer step; raises DataError where too many in a row were skipped."""
     config, world, step = trainer.config, trainer.world, trainer.step
     loss, norm, (skipped, _, in_a_row) = float(loss), float(norm), trainer.skipped.tolist()  # waits for the device
+    if math.isfinite(loss):
+        trainer.scores["training loss"] = step, loss
     lr, (seconds, rate, left) = trainer.optimizer.param_groups[0]["lr"], clock.read(step, config.max_steps)
     known = [flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name(world.device))]
     mfu = rate * flops_per_token(trainer.gpt) / (known[0] * world.size) if known else None
@@ -829,7 +905,11 @@ def start_or_resume(config: TrainConfig, world: World, data: list[list]) -> Trai
         world.print(f"resuming from {directory}")
         return load_checkpoint(directory, config, world, data)
     torch.manual_seed(config.seed)
-    return make_trainer(config, world, GPT(replace(PRESETS[config.model], block_size=config.block_size)))
+    if config.init_from:
+        gpt = GPT.from_pretrained(config.init_from, vocab_multiple=128, block_size=config.block_size)
+    else:
+        gpt = GPT(replace(PRESETS[config.model], block_size=config.block_size))
+    return make_trainer(config, world, gpt)
 
 
 def open_log(trainer: Trainer, shards: Shards) -> plot.Log:
@@ -846,7 +926,7 @@ def save(trainer: Trainer, log: plot.Log, shards: Shards, last: bool) -> None:
         return
     try:
         log.flush()
-        save_checkpoint(trainer, shards.identity)
+        save_checkpoint(trainer, shards)
     except OSError as error:
         if last:
             raise DataError(f"step {trainer.step} could not be saved: {error}; make room, and add --resume") from None
@@ -874,9 +954,9 @@ def train(config: TrainConfig) -> None:
         announce(trainer, shards)
         if trainer.step >= config.max_steps:
             return world.print(f"the run in {config.out_dir} is finished: {trainer.step} of {config.max_steps} steps")
-        examples, log = load_hellaswag(config, world), open_log(trainer, shards)
+        questions, log = load_hellaswag(config, world), open_log(trainer, shards)
         if not trainer.evaluated:
-            evaluate(trainer, log, shards, examples)
+            evaluate(trainer, log, shards, questions)
         clock, stopping = Clock(trainer.step), False
         while trainer.step < config.max_steps and not stopping:
             rows, trainer.position = batches.at(trainer.position, batch_tokens(config, trainer.position))
@@ -887,7 +967,7 @@ def train(config: TrainConfig) -> None:
             stopping = world.any(signals) and trainer.step < config.max_steps
             clock.pause()
             if not stopping:  # else it is made up for on resuming
-                evaluate(trainer, log, shards, examples)
+                evaluate(trainer, log, shards, questions)
             last = stopping or trainer.step == config.max_steps
             if last or due(config.save_every, trainer) or due(config.milestone_every, trainer):
                 save(trainer, log, shards, last)

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import train_gpt2
@@ -63,14 +64,15 @@ def main() -> None:
     config = parse_flags(BenchmarkConfig, None, __doc__)
     with tempfile.TemporaryDirectory(dir=config.directory) as name:
         trainer, plain = make_trainer(config.model, name), Path(name) / "plain"
-        train_gpt2.save_checkpoint(trainer, [])
+        shards = train_gpt2.Shards(val=np.empty(0), train=[], identity=[], unigram_loss=None, source=None)
+        train_gpt2.save_checkpoint(trainer, shards)
         contents = {path.name: path.read_bytes() for path in (Path(name) / "step_000000").iterdir()}
         times: dict[str, list[float]] = {"save": [], "write": []}
         for step in range(1, config.repeat + 1):
             times["write"].append(timed(write, contents, plain))
             shutil.rmtree(plain)
             trainer.step = step
-            times["save"].append(timed(train_gpt2.save_checkpoint, trainer, []))
+            times["save"].append(timed(train_gpt2.save_checkpoint, trainer, shards))
     size, medians = sum(map(len, contents.values())), {way: statistics.median(some) for way, some in times.items()}
     figures = {"model": config.model, "bytes": size, "torch": torch.__version__, "seconds": times}
     print(

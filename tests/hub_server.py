@@ -1,4 +1,4 @@
-"""As much of the Hugging Face Hub's protocol as `datasets` needs to list a data set and download its files."""
+"""As much of the Hugging Face Hub's protocol as its libraries need to list a data set, and to download files."""
 
 import contextlib
 import hashlib
@@ -19,15 +19,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, urllib.parse.unquote(self.path.split("?")[0])
         hub.requests.append((self.command, path))
-        files = f"/datasets/{hub.repo}/resolve/{hub.revision}/"
-        listing = f"/api/datasets/{hub.repo}/tree/{hub.revision}"
-        if path == f"/api/datasets/{hub.repo}/revision/{hub.revision}":
-            self.answer(json.dumps({"id": hub.repo, "sha": hub.revision}).encode())
+        files = f"/{hub.repo}/resolve/{hub.revision}/"
+        listing = f"/api/{hub.repo}/tree/{hub.revision}"
+        if path == f"/api/{hub.repo}/revision/{hub.revision}":
+            self.answer(json.dumps({"id": hub.repo.removeprefix("datasets/"), "sha": hub.revision}).encode())
         elif path.startswith(listing):
             self.answer(json.dumps(self.tree(path.removeprefix(listing).strip("/"))).encode())
         elif path.removeprefix(files) in hub.files:
-            content = hub.files[path.removeprefix(files)]
-            self.answer(content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": hub.revision})
+            name = path.removeprefix(files)
+            digest = hashlib.sha256(b"other" if name in hub.wrong else hub.files[name]).hexdigest()
+            self.answer(hub.files[name], {"ETag": f'"{digest}"', "X-Repo-Commit": hub.commit})
         else:
             self.answer(b"", {"X-Error-Code": "EntryNotFound"}, status=404)
 
@@ -67,9 +68,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(repo, revision, files):
-    """Serve one data set on 127.0.0.1; yields the server, whose `url` is the HF_ENDPOINT to use."""
+    """Serve a repository, as `datasets/owner/name` or `name`, on 127.0.0.1; its `url` is the HF_ENDPOINT to use."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repo, server.revision, server.files, server.requests = repo, revision, files, []
+    server.commit = revision if len(revision) == 40 else "0" * 40
     server.breaks = 0  # how many answers of over 1,000 bytes break off after those
     server.wrong = set()  # files that are listed with a hash which is not theirs
     server.url = f"http://127.0.0.1:{server.server_port}"

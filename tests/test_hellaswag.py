@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import random
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 import hellaswag
 import train_gpt2
 from model import GPT, PRESETS, GPTConfig
-from tokenizer import encode
+from tokenizer import decode, encode
 
 WORDS = "a man is sitting on roof he she runs pulls up the of and some water then".split()
 
@@ -26,10 +27,15 @@ def rows(count, seed=0):
     def words(low, high):
         return " ".join(generator.choices(WORDS, k=generator.randrange(low, high)))
 
-    return [
-        {"ctx": words(1, 40), "endings": [words(1, 20) + "." for _ in range(4)], "label": generator.randrange(4)}
-        for _ in range(count)
-    ]
+    examples = []
+    for number in range(count):
+        ctx_a, ctx_b = words(1, 40) + ".", words(1, 4) if number % 2 else ""
+        endings = [words(1, 20) + generator.choice([".", "  [step]", " [title] it."]) for _ in range(4)]
+        if number % 5 == 0:
+            endings[2] = endings[0]  # as some examples have
+        example = {"activity_label": " Roof [header] repair", "ctx_a": ctx_a, "ctx_b": ctx_b, "endings": endings}
+        examples.append(example | {"ctx": f"{ctx_a} {ctx_b}".strip(), "label": generator.randrange(4)})
+    return examples
 
 
 def write(path, examples):
@@ -37,57 +43,129 @@ def write(path, examples):
     return path
 
 
+def nanogpt(example):
+    """Build-nanogpt's rule: context and endings as tokens, and the lengths to divide by."""
+    endings = [encode(" " + ending) for ending in example["endings"]]
+    return encode(example["ctx"]), endings, [len(tokens) for tokens in endings]
+
+
+def lm_eval(example):
+    """The rule of lm-evaluation-harness, hellaswag 1.0."""
+
+    def preprocess(text):
+        return re.sub("\\[.*?\\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    context = example["ctx_a"] + " " + example["ctx_b"].capitalize()
+    context, choices = preprocess(example["activity_label"] + ": " + context), map(preprocess, example["endings"])
+    choices, stripped = list(choices), context.rstrip()
+    endings = [encode(context + " " + choice)[len(encode(stripped)) :] for choice in choices]
+    return encode(stripped), endings, [len(choice) for choice in choices]
+
+
+def loss_of(gpt, context, ending):
+    """The total loss of an ending in a pass of its own, after as much of the context as fits."""
+    window = (context + ending)[-gpt.config.block_size - 1 :]
+    scored = min(len(ending), gpt.config.block_size)
+    with torch.no_grad():
+        logits, _ = gpt(torch.tensor([window[:-1]]))
+    return F.cross_entropy(logits[0, -scored:], torch.tensor(window[-scored:]), reduction="sum").item()
+
+
 def scored_singly(gpt, examples):
-    """Build-nanogpt's rule, an ending at a time."""
-    correct = [0, 0]
+    """Each scoring's numbers of right answers, an ending at a time."""
+    correct = [[0, 0], [0, 0]]
     for example in examples:
-        sums, means = [], []
-        for ending in example["endings"]:
-            context, tokens = encode(example["ctx"]), encode(" " + ending)
-            idx = torch.tensor([(context + tokens)[-gpt.config.block_size :]])
-            with torch.no_grad():
-                logits, _ = gpt(idx)
-            losses = F.cross_entropy(logits[0, :-1], idx[0, 1:], reduction="none")[-len(tokens) :]
-            sums.append(losses.sum().item())
-            means.append(losses.mean().item())
-        correct[0] += min(range(4), key=sums.__getitem__) == example["label"]
-        correct[1] += min(range(4), key=means.__getitem__) == example["label"]
+        for scoring, rule in enumerate((nanogpt, lm_eval)):
+            context, endings, lengths = rule(example)
+            sums = [loss_of(gpt, context, ending) for ending in endings]
+            means = [total / length for total, length in zip(sums, lengths, strict=True)]
+            for kind, losses in enumerate((sums, means)):
+                correct[scoring][kind] += min(range(4), key=losses.__getitem__) == example["label"]
     return correct
 
 
-@pytest.mark.parametrize("block_size", [24, 128])
-@pytest.mark.parametrize("batch_tokens", [1, 700, 100_000])
-def test_batches_give_the_counts_of_single_endings(tmp_path, monkeypatch, block_size, batch_tokens):
+def random_gpt(block_size):
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(block_size=block_size, n_layer=2, n_head=2, n_embd=32))
     for parameter in gpt.parameters():
         parameter.data *= 4  # so that the endings differ by more than rounding
-    examples = rows(30)
-    monkeypatch.setattr(hellaswag, "BATCH_TOKENS", batch_tokens)
-    loaded = hellaswag.load(write(tmp_path / "a.jsonl", examples))
-    assert hellaswag.count_correct(gpt, loaded).tolist() == scored_singly(gpt, examples)
+    return gpt
 
 
-def test_totals_and_lengths_are_those_of_the_endings_tokens_alone(tmp_path):
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=16))
-    example = rows(1)[0]
-    totals, lengths = hellaswag.ending_losses(gpt, hellaswag.load(write(tmp_path / "a.jsonl", [example])))
-    assert lengths[0].tolist() == [len(encode(" " + ending)) for ending in example["endings"]]
-    for number, ending in enumerate(example["endings"]):
-        idx = torch.tensor([encode(example["ctx"]) + encode(" " + ending)])
-        losses = F.cross_entropy(gpt(idx)[0][0, :-1], idx[0, 1:], reduction="none")
-        assert totals[0, number].item() == pytest.approx(losses[-int(lengths[0, number]) :].sum().item(), rel=1e-5)
+@pytest.mark.parametrize("block_size", [8, 24, 128])
+@pytest.mark.parametrize("batch_tokens", [1, 700, 100_000])
+def test_batches_give_the_counts_of_single_endings(tmp_path, block_size, batch_tokens):
+    gpt, examples = random_gpt(block_size), rows(30)
+    questions = hellaswag.load(write(tmp_path / "a.jsonl", examples))
+    assert hellaswag.count_correct(gpt, questions, batch_tokens).tolist() == scored_singly(gpt, examples)
+
+
+@pytest.mark.parametrize("block_size", [8, 128])
+def test_losses_are_those_of_the_endings_tokens_alone(tmp_path, block_size):
+    gpt, examples = random_gpt(block_size), rows(4)
+    questions = hellaswag.load(write(tmp_path / "a.jsonl", examples))
+    with torch.no_grad():
+        read = [row for question in questions for row in hellaswag.rows(question, block_size)]
+        losses = hellaswag.ending_losses(gpt, read).view(-1, 4).tolist()
+    for question, totals in zip(questions, losses, strict=True):
+        expected = [loss_of(gpt, question.context, ending) for ending in question.endings]
+        assert totals == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_context_is_read_once_and_the_classifier_runs_only_where_an_ending_is_scored(tmp_path, monkeypatch):
+    gpt = random_gpt(128)
+    questions = hellaswag.load(write(tmp_path / "a.jsonl", rows(6)))
+    read, scored, classify = [], [], gpt.lm_head.forward
+    monkeypatch.setattr(gpt, "check_ids", lambda idx: read.append(idx.numel()))
+    monkeypatch.setattr(gpt.lm_head, "forward", lambda x: (scored.append(len(x)), classify(x))[1])
+    hellaswag.count_correct(gpt, questions, batch_tokens=1)
+    assert sum(read) == sum(len(q.context) + sum(len(ending) - 1 for ending in q.endings) for q in questions)
+    assert sum(scored) == sum(len(ending) for q in questions for ending in q.endings)
+
+
+def test_batches_keep_within_the_budget_and_hold_like_widths(tmp_path):
+    questions = hellaswag.load(write(tmp_path / "a.jsonl", rows(40)))
+    batches = list(hellaswag.batches(questions, 1000))
+    assert sorted(sum(batches, [])) == sorted(questions) and len(batches) < 15
+    widths = [[question.width() for question in batch] for batch in batches]
+    assert sum(widths, []) == sorted(sum(widths, []))
+    assert all(max(batch) * len(batch) <= 1000 or len(batch) == 1 for batch in widths)
+
+
+def test_of_endings_that_are_alike_the_first_wins(tmp_path, monkeypatch):
+    example = rows(1)[0] | {"endings": ["is."] * 4}
+    questions = hellaswag.load(write(tmp_path / "a.jsonl", [example | {"label": 0}]))
+    noise = torch.tensor([3.0, 2.0, 1.0, 0.0] * 2, dtype=torch.float64)  # as rounding might be
+    monkeypatch.setattr(hellaswag, "ending_losses", lambda gpt, batch: 1 + 1e-9 * noise)
+    assert hellaswag.count_correct(random_gpt(128), questions).tolist() == [[1, 1], [1, 1]]
+
+
+def test_the_harness_cleans_and_joins_the_texts():
+    example = {
+        "activity_label": "Fixing [header] a  roof",
+        "ctx": "He climbs.",
+        "ctx_a": "[title] How to climb [title] Take   care.",
+        "ctx_b": "THE man [substeps]",
+        "endings": [" falls [step] down. [title] Up", "sits.", "a", "b"],
+        "label": "1",
+    }
+    _, question = hellaswag.read_example(json.dumps(example).encode(), "here")
+    assert decode(question.context) == "Fixing a roof:. How to climb. Take  care. The man"
+    assert [decode(ending) for ending in question.endings] == ["  falls down.  Up", "  sits.", "  a", "  b"]
+    assert question.lengths == [len("falls down.  Up"), 5, 1, 1] and question.label == 1
 
 
 def test_limit_takes_the_first_examples(tmp_path):
     path = write(tmp_path / "a.jsonl", rows(10))
-    assert hellaswag.load(path, 3) == hellaswag.load(path)[:3]
+    assert hellaswag.load(path, slice(3)) == hellaswag.load(path)[:6]
 
 
 DAMAGED = ["{", "[]", '{"ctx": "a"}', '{"ctx": "a", "endings": ["b"], "label": 0}']
 DAMAGED += ['{"ctx": "a", "endings": "abcd", "label": 0}']
 DAMAGED += ['{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": Infinity}']
+DAMAGED += [
+    '{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 0, "activity_label": "a", "ctx_a": "a", "ctx_b": 1}'
+]
 
 
 @pytest.mark.parametrize("line", DAMAGED)
@@ -177,14 +255,17 @@ def logged(directory):
 
 def test_the_trainer_scores_as_the_script_does(server, config, tmp_path, capsys):
     train_gpt2.train(replace(config, dtype="float32"))
-    scores = [record for record in logged(tmp_path / "log") if "hellaswag_acc" in record]
+    scores = [record for record in logged(tmp_path / "log") if "hellaswag_lm_eval_acc" in record]
     assert [record["step"] for record in scores] == [0, 1, 2]
-    checkpoint = str(tmp_path / "log" / "step_000002")
+    checkpoint = tmp_path / "log" / "step_000002"
     capsys.readouterr()
-    hellaswag.main(["--model", checkpoint, "--device", "cpu"])
-    printed = capsys.readouterr().out
-    assert f"acc {scores[-1]['hellaswag_acc']:.4f}" in printed
-    assert f"acc_norm {scores[-1]['hellaswag_acc_norm']:.4f}" in printed
+    hellaswag.main(["--model", str(checkpoint), "--device", "cpu"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "8 examples"
+    for line, scoring in zip(printed[1:], ("nanogpt", "lm_eval"), strict=True):
+        acc, acc_norm = (scores[-1][f"hellaswag_{scoring}_{kind}"] for kind in ("acc", "acc_norm"))
+        assert line.split()[0] == scoring and f" acc {acc:.4f} (" in line and f" acc_norm {acc_norm:.4f} (" in line
+        assert f"| hellaswag_{scoring}_acc | 2 | {acc:.4f} |" in (checkpoint / "README.md").read_text()
 
 
 def test_processes_share_the_examples_and_the_download(server, config, monkeypatch):
@@ -195,7 +276,7 @@ def test_processes_share_the_examples_and_the_download(server, config, monkeypat
     with ThreadPoolExecutor(3) as pool:
         shares = list(pool.map(lambda world: train_gpt2.load_hellaswag(config, world), worlds))
     assert server.requests == 2 and sorted(sum(shares, [])) == sorted(whole)
-    assert [len(share) for share in shares] == [3, 3, 2]
+    assert [len(share) for share in shares] == [6, 6, 4]
 
 
 def test_without_the_file_training_says_so_once_and_goes_on(server, config, tmp_path, capsys):

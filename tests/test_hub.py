@@ -38,7 +38,7 @@ FILES = {
 
 @pytest.fixture
 def hub(tmp_path):
-    with hub_server.serve(CONFIG.dataset, CONFIG.revision, dict(FILES)) as server:
+    with hub_server.serve(f"datasets/{CONFIG.dataset}", CONFIG.revision, dict(FILES)) as server:
         server.env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
         yield server
 

@@ -2,10 +2,15 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
+import hub_server
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import tokenizer
@@ -115,21 +120,132 @@ def test_a_saved_directory_gives_transformers_the_same_tokens(tmp_path):
     assert theirs.eos_token_id == tokenizer.END_OF_TEXT and theirs.model_max_length == 64
 
 
+def same_weights(first, second):
+    return all(torch.equal(weight, second.state_dict()[name]) for name, weight in first.state_dict().items())
+
+
 def test_openais_layout_without_prefix_and_with_masks_loads_too(tmp_path):
     gpt = small_gpt()
     gpt.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     bare = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
-    bare |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 32, 32).tril() for layer in range(3)}
+    for layer in range(3):
+        bare[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+        bare[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    again = GPT.from_pretrained(tmp_path)
-    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in gpt.state_dict().items())
+    assert same_weights(gpt, GPT.from_pretrained(tmp_path))
+
+
+@pytest.fixture
+def theirs():
+    """A GPT-2 of transformers, with weights of its own."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=211, n_positions=32, n_embd=32, n_layer=3, n_head=4, n_inner=None)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("way", ["whole", "in shards", "without classifier"])
+def test_what_transformers_saved_goes_through_here_and_back_bit_for_bit(tmp_path, theirs, way):
+    saved = theirs.transformer if way == "without classifier" else theirs
+    saved.save_pretrained(tmp_path / "theirs", max_shard_size="50KB" if way == "in shards" else "5GB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1 or way != "in shards"
+    gpt = GPT.from_pretrained(tmp_path / "theirs")
+    idx = tokens(2, 32)
+    with torch.no_grad():
+        assert (gpt(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
+    gpt.save_pretrained(tmp_path / "here")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "here")
+    assert same_weights(theirs, again)
+
+
+def test_half_precision_weights_are_loaded_as_they_are(tmp_path, theirs):
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path)
+    gpt = GPT.from_pretrained(tmp_path)
+    assert {weight.dtype for weight in gpt.parameters()} == {torch.float32}
+    assert torch.equal(gpt.lm_head.weight.to(torch.bfloat16), theirs.lm_head.weight)
+
+
+def test_greedy_text_equals_that_of_transformers(tmp_path, theirs):
+    theirs.save_pretrained(tmp_path)
+    gpt, prompt = GPT.from_pretrained(tmp_path), tokens(3, 4)
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
+    assert torch.equal(gpt.generate(prompt, 20, temperature=0), expected)
+
+
+def test_a_padded_vocabulary_hardly_changes_the_loss_and_cropped_positions_not_at_all(tmp_path):
+    gpt = small_gpt(GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=4, n_embd=32))
+    last = gpt.transformer.ln_f
+    last.weight.data.zero_()
+    last.bias.data.fill_(1.0)
+    gpt.lm_head.weight.data -= 1.0  # as in OpenAI's models, all logits are far below zero
+    gpt.save_pretrained(tmp_path)
+    padded = GPT.from_pretrained(tmp_path, vocab_multiple=128, block_size=16)
+    assert (padded.config.vocab_size, padded.config.block_size) == (50304, 16)
+    assert padded.lm_head.weight is padded.transformer.wte.weight
+    idx = torch.randint(50257, (2, 17), generator=torch.Generator().manual_seed(0))
+    (logits, loss), (wider, padded_loss) = gpt(idx[:, :-1], idx[:, 1:]), padded(idx[:, :-1], idx[:, 1:])
+    assert torch.allclose(wider[:, :, :50257], logits, atol=1e-4) and logits.max() < -10
+    assert 0 <= padded_loss.item() - loss.item() <= math.log(50304 / 50257) + 1e-5
+    with pytest.raises(ValueError, match="33.*32"):
+        GPT.from_pretrained(tmp_path, block_size=33)
+
+
+HUB_PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from model import GPT
+try:
+    print(GPT.from_pretrained(sys.argv[2]).state_dict()["transformer.wpe.weight"].sum().item())
+except ValueError as error:
+    sys.exit(str(error))
+assert "transformers" not in sys.modules
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Serve the model `gpt2-xl` on 127.0.0.1; hub.load(name) loads a model in a process of its own."""
+    small_gpt().save_pretrained(tmp_path / "saved")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    with hub_server.serve("gpt2-xl", "main", files) as server:
+        env = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
+
+        def load(name):
+            command = [sys.executable, "-c", HUB_PROGRAM, str(ROOT), name]
+            return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+        server.load = load
+        yield server
+
+
+def test_a_model_comes_from_the_hub_by_its_name_without_transformers(hub):
+    loaded = hub.load("gpt2-xl")
+    assert loaded.returncode == 0, loaded.stderr
+    assert float(loaded.stdout) == small_gpt().transformer.wpe.weight.sum().item()
+    assert hub.load("gpt2-xl").stdout == loaded.stdout
+    downloads = [path for command, path in hub.requests if command == "GET" and path.endswith("model.safetensors")]
+    assert len(downloads) == 1
+    unknown = hub.load("gpt2-xxl")
+    assert unknown.returncode == 1 and "gpt2-xxl is no directory here" in unknown.stderr
+    assert len(unknown.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_that_did_not_come_whole_is_refused_and_removed(hub):
+    hub.wrong.add("model.safetensors")
+    loaded = hub.load("gpt2-xl")
+    assert loaded.returncode == 1 and "model.safetensors of gpt2-xl did not come whole" in loaded.stderr
+    hub.wrong.clear()
+    assert hub.load("gpt2-xl").returncode == 0
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("activation_function", "relu"),
+        ("scale_attn_weights", False),
         ("layer_norm_epsilon", 0.5),
         ("scale_attn_by_inverse_layer_idx", True),
         ("tie_word_embeddings", False),
@@ -188,11 +304,38 @@ def test_generation_is_seeded_and_greedy_generation_takes_the_likeliest_token():
         assert torch.equal(logits[:, -1].argmax(dim=-1), greedy[:, position])
 
 
-def test_generation_goes_on_past_block_size_by_the_last_tokens():
-    gpt, prompt = small_gpt(), tokens(1, 30)
-    text = gpt.generate(prompt, 10, temperature=0)
-    logits, _ = gpt(text[:, -1 - SMALL.block_size : -1])
-    assert text.shape == (1, 40) and logits[0, -1].argmax() == text[0, -1]
+@torch.no_grad()
+def uncached(gpt, idx, count, temperature, generator=None):
+    """The definition: each token after a pass over the last block_size ones."""
+    for _ in range(count):
+        logits = gpt(idx[:, -gpt.config.block_size :])[0][:, -1]
+        idx = torch.cat([idx, draw(logits, temperature, None, 1.0, generator)], dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("length", [1, 5, 31, 32, 33, 50])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_cached_generation_equals_uncached_within_the_window_and_as_it_slides(length, temperature):
+    gpt, prompt = small_gpt(), tokens(3, length)
+    expected = uncached(gpt, prompt, 40, temperature, torch.Generator().manual_seed(7))
+    generated = gpt.generate(prompt, 40, temperature, generator=torch.Generator().manual_seed(7))
+    assert generated.shape == (3, length + 40) and torch.equal(generated, expected)
+
+
+def test_within_the_window_each_token_is_read_once(monkeypatch):
+    gpt, prompt = small_gpt(), tokens(1, 10)
+    lengths, embed = [], gpt.transformer.wte.forward
+    monkeypatch.setattr(gpt.transformer.wte, "forward", lambda idx: (lengths.append(idx.shape[1]), embed(idx))[1])
+    gpt.generate(prompt, 26)
+    assert lengths == [10] + [1] * 22 + [32] * 3
+
+
+def test_a_row_ends_with_end_of_text_and_all_ended_end_the_generation(monkeypatch):
+    gpt, prompt, scripted = small_gpt(GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=4)), [[1], [2]], []
+    end = tokenizer.END_OF_TEXT
+    scripted += [[[3], [4]], [[end], [5]], [[6], [7]], [[8], [end]], [[9], [9]]]
+    monkeypatch.setattr("model.draw", lambda *_: torch.tensor(scripted.pop(0)))
+    assert gpt.generate(torch.tensor(prompt), 5).tolist() == [[1, 3, end, end, end], [2, 4, 5, 7, end]]
 
 
 def test_ids_that_only_pad_the_vocabulary_are_never_drawn():
@@ -207,18 +350,40 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn():
         tokenizer.decode([1, 50257])
 
 
-def test_draws_follow_temperature_and_top_k():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)
+def test_draws_follow_temperature_top_k_and_top_p():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)  # probabilities 0.64, 0.24, 0.09, 0.03
 
-    def frequencies(temperature, top_k):
-        drawn = draw(logits, temperature, top_k, torch.Generator().manual_seed(0))
+    def frequencies(temperature, top_k=None, top_p=1.0):
+        drawn = draw(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
         return torch.bincount(drawn.flatten(), minlength=4) / len(drawn)
 
+    def only(count):
+        return torch.cat([logits[0, :count].softmax(-1), torch.zeros(4 - count)])
+
     for temperature in (0.5, 1.0, 2.0):
-        assert torch.allclose(frequencies(temperature, None), (logits[0] / temperature).softmax(-1), atol=0.015)
-    expected = torch.cat([logits[0, :2].softmax(-1), torch.zeros(2)])
-    assert torch.allclose(frequencies(1.0, 2), expected, atol=0.015)
-    assert frequencies(1e-40, None)[0] == 1 and frequencies(1.0, 100)[3] > 0
+        assert torch.allclose(frequencies(temperature), (logits[0] / temperature).softmax(-1), atol=0.015)
+    assert torch.allclose(frequencies(1.0, 2), only(2), atol=0.015)
+    for top_p, count in ((0.01, 1), (0.6, 1), (0.7, 2), (0.9, 3), (0.98, 4)):
+        assert torch.allclose(frequencies(1.0, None, top_p), only(count), atol=0.015), top_p
+    assert torch.allclose(frequencies(1.0, 2, 0.8), only(2), atol=0.015)
+    assert torch.allclose(frequencies(1.0, 2, 0.7), only(1), atol=0.015)  # 0.73 of what top_k leaves
+    assert frequencies(1e-40)[0] == 1 and frequencies(1.0, 100)[3] > 0
+
+
+def test_draws_leave_the_tokens_that_transformers_leaves():
+    logits = 3 * torch.randn(50, 211, generator=torch.Generator().manual_seed(0))
+    for temperature, top_k, top_p in ((1.0, 50, 0.9), (0.7, 211, 0.5), (1.5, 20, 0.95)):
+        warpers = [
+            transformers.TemperatureLogitsWarper(temperature),
+            transformers.TopKLogitsWarper(top_k),
+            transformers.TopPLogitsWarper(top_p),
+        ]
+        theirs = logits
+        for warper in warpers:
+            theirs = warper(None, theirs)
+        drawn = [draw(logits, temperature, top_k, top_p, torch.Generator().manual_seed(seed)) for seed in range(200)]
+        expected = [theirs.softmax(-1).multinomial(1, generator=torch.Generator().manual_seed(n)) for n in range(200)]
+        assert torch.equal(torch.cat(drawn), torch.cat(expected))
 
 
 def test_what_cannot_be_computed_is_refused_with_its_numbers(tmp_path):
@@ -233,9 +398,9 @@ def test_what_cannot_be_computed_is_refused_with_its_numbers(tmp_path):
         gpt.generate(torch.tensor([[0, 211]]), 1)
     with pytest.raises(ValueError, match="5.*32"):
         GPTConfig(n_embd=32, n_head=5)
-    for temperature, top_k in ((-1.0, None), (1.0, 0)):
+    for temperature, top_k, top_p in ((-1.0, None, 1.0), (1.0, 0, 1.0), (1.0, None, 0.0), (1.0, None, 1.1)):
         with pytest.raises(ValueError, match="temperature"):
-            gpt.generate(tokens(1, 2), 1, temperature, top_k)
+            gpt.generate(tokens(1, 2), 1, temperature, top_k, top_p)
     with pytest.raises(ValueError, match="prompt"):
         gpt.generate(tokens(1, 0), 1)
 
