@@ -146,9 +146,9 @@ def choose_model(config: TrainConfig, device: torch.device) -> tuple[str, GPTCon
     if config.init_from is None:
         model = config.model or ("gpt2" if device.type == "cuda" else "debug")
         return model, PRESETS[model]
-    sizes = read_config(find_file(config.init_from, "config.json"))
     if config.model:
         raise UsageError(f"--init_from {config.init_from} brings its own size: leave out --model {config.model}")
+    sizes = read_config(find_file(config.init_from, "config.json"))
     if sizes.vocab_size < tokenizer.N_TOKENS:
         raise UsageError(f"--init_from {config.init_from} has {sizes.vocab_size} tokens, fewer than GPT-2")
     as_large = [name for name, p in PRESETS.items() if p.n_layer >= sizes.n_layer and p.n_embd >= sizes.n_embd]

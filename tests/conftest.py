@@ -48,14 +48,15 @@ def make_shards(tmp_path):
     return make
 
 
-def run_script(script, *flags, processes=0, env=None, timeout=180):
+def run_script(script, *flags, processes=0, env=None, timeout=180, input=None):
     """Run a script as a person does, under torchrun if processes are given; returns the finished process."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""} | (env or {})
     command = [*launcher, str(ROOT / script), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    source = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, **source)
 
 
 @pytest.fixture

@@ -151,8 +151,8 @@ def test_the_harness_cleans_and_joins_the_texts():
     }
     _, question = hellaswag.read_example(json.dumps(example).encode(), "here")
     assert decode(question.context) == "Fixing a roof:. How to climb. Take  care. The man"
-    assert [decode(ending) for ending in question.endings] == ["  falls down.  Up", "  sits.", "  a", "  b"]
-    assert question.lengths == [len("falls down.  Up"), 5, 1, 1] and question.label == 1
+    assert [decode(ending) for ending in question.endings] == ["  falls down.. Up", "  sits.", "  a", "  b"]
+    assert question.lengths == [len("falls down.. Up"), 5, 1, 1] and question.label == 1
 
 
 def test_limit_takes_the_first_examples(tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 
 import common
@@ -17,7 +18,9 @@ import fineweb
 import hellaswag
 import plot
 import sample
+import tokenizer
 import train_gpt2
+from model import GPT, GPTConfig
 
 SCRIPTS = {
     "fineweb.py": fineweb.FinewebConfig,
@@ -81,6 +84,8 @@ def test_each_mistake_ends_in_one_line_and_its_status(inside, make_shards, tmp_p
     make_shards()
     capsys.readouterr()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "log.jsonl").write_text("")
     mistakes = [
@@ -97,6 +102,16 @@ def test_each_mistake_ends_in_one_line_and_its_status(inside, make_shards, tmp_p
         (2, "--shard_size", "fineweb.py", "--max_tokens", "1"),
         (2, "--temperature", "sample.py", "--checkpoint", "empty", "--temperature", "-1"),
         (2, "--prompt", "sample.py", "--checkpoint", "empty", "--prompt", ""),
+        (2, "blank.txt", "sample.py", "--checkpoint", "empty", "--file", "blank.txt"),
+        (2, "--file", "sample.py", "--checkpoint", "empty", "--prompt", "a", "--file", "blank.txt"),
+        (1, "nowhere.txt", "sample.py", "--checkpoint", "empty", "--file", "nowhere.txt"),
+        (1, "UTF-8", "sample.py", "--checkpoint", "empty", "--file", "latin.txt"),
+        (2, "--top_p", "sample.py", "--checkpoint", "empty", "--top_p", "0"),
+        (1, "no/such/directory", "sample.py", "--checkpoint", "no/such/directory"),
+        (1, "empty", "train_gpt2.py", "--init_from", "empty"),
+        (2, "--model", "train_gpt2.py", "--init_from", "empty", "--model", "gpt2"),
+        (1, "empty", "hellaswag.py", "--model", "empty", "--data", "blank.txt"),
+        (2, "--batch_tokens", "hellaswag.py", "--model", "empty", "--batch_tokens", "0"),
         (2, "--model", "hellaswag.py"),
         (1, "log.jsonl", "plot.py", "empty"),
         (1, "log.jsonl", "plot.py"),
@@ -233,11 +248,42 @@ def test_a_checkpoint_can_be_sampled_scored_and_drawn(make_shards, tmp_path):
     first, second = (run_script("sample.py", *flags, "--prompt", "The cat") for _ in range(2))
     assert first.returncode == 0 and first.stdout.count("The cat") == 2 and first.stdout == second.stdout
     assert run_script("sample.py", *flags, "--prompt", "The cat", "--seed", "1").stdout != first.stdout
+    (tmp_path / "prompt.txt").write_text("The cat\n")
+    assert run_script("sample.py", *flags, "--file", "prompt.txt").stdout == first.stdout
+    assert run_script("sample.py", *flags, input="The cat\n").stdout == first.stdout  # standard input
+    assert run_script("sample.py", *flags, input="").returncode == 2
     example = {"ctx": "A man sits. he", "endings": ["is wet.", "sings.", "is.", "runs away."], "label": 1}
+    example |= {"ctx_a": "A man sits.", "ctx_b": "he", "activity_label": "Sitting"}
     (tmp_path / "examples.jsonl").write_text(json.dumps(example) + "\n")
     scored = run_script("hellaswag.py", "--model", checkpoint, "--data", "examples.jsonl", "--device", "cpu")
-    assert scored.returncode == 0 and scored.stdout.startswith("1 examples: acc ")
+    assert scored.returncode == 0 and scored.stdout.startswith("1 examples\nnanogpt  acc "), scored.stderr
     (tmp_path / "log" / "loss.png").unlink()
     drawn = run_script("plot.py", "log")
     assert drawn.returncode == 0 and drawn.stdout.strip() == "log/loss.png"
     assert (tmp_path / "log" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Let the model say these tokens, and no others."""
+
+    def make(tokens):
+        monkeypatch.setattr(sample.GPT, "stream", lambda *_: (torch.tensor([[token]]) for token in tokens))
+        return GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=4))
+
+    return make
+
+
+def test_text_is_shown_as_it_comes_with_characters_whole(scripted):
+    text = "naïve 你好 🙂!"
+    tokens = tokenizer.encode(text)
+    pieces = list(sample.continuation(scripted(tokens), sample.SampleConfig(checkpoint=""), "a"))
+    assert "".join(pieces) == text and len(pieces) == len(tokens) + 1
+    assert "" in pieces and "\ufffd" not in text  # a token that ends inside a character shows nothing yet
+    cut = tokenizer.encode("🙂")[:-1]
+    assert "".join(sample.continuation(scripted(cut), sample.SampleConfig(checkpoint=""), "a")) == "\ufffd"
+
+
+def test_text_stops_before_end_of_text(scripted):
+    tokens = [*tokenizer.encode("One."), tokenizer.END_OF_TEXT, *tokenizer.encode(" Two.")]
+    assert "".join(sample.continuation(scripted(tokens), sample.SampleConfig(checkpoint=""), "a")) == "One."

@@ -1,6 +1,7 @@
 """The vocabulary is OpenAI's, is read from the repository, and is not fetched from anywhere."""
 
 import os
+import random
 import socket
 
 import pytest
@@ -15,6 +16,15 @@ def test_text_survives_and_the_ids_are_gpt2s():
     assert tokenizer.END_OF_TEXT not in tokens
     assert tokenizer.encoding().n_vocab == tokenizer.N_TOKENS
     assert tokenizer.encoding().eot_token == tokenizer.END_OF_TEXT
+
+
+def test_a_stream_of_ids_gives_the_text_in_whole_characters():
+    generator = random.Random(0)
+    for _ in range(200):
+        tokens = generator.choices(range(tokenizer.N_TOKENS), k=20)  # many of which end inside a character
+        assert "".join(tokenizer.decode_stream(tokens)) == tokenizer.decode(tokens)
+    tokens = tokenizer.encode("你好🙂")
+    assert len(tokens) > 4 and {*tokenizer.decode_stream(tokens)} == {"", "你", "好", "🙂"}
 
 
 def test_nothing_is_downloaded_and_the_environment_stays(monkeypatch):

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import fineweb
 import plot
+import sample
+import tokenizer
 import train_gpt2
 from common import DataError, UsageError
 from model import GPT, PRESETS, GPTConfig
@@ -237,7 +240,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_a_log_and_a_picture(config, tmp_pa
     assert (tmp_path / "log" / "loss.png").read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in (tmp_path / "log" / "step_000024").iterdir()}
     assert names == {
-        *("config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json"),
+        *("config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json", "README.md"),
         *("optimizer.safetensors", "trainer.json", "MANIFEST.json"),
     }
     printed = capsys.readouterr().out
@@ -429,6 +432,65 @@ def test_a_compiled_run_computes_the_same(config, tmp_path):
         assert all(compiled[step] == pytest.approx(eager[step], abs=1e-3) for step in eager)
 
 
+def test_a_checkpoint_loads_in_transformers_and_says_the_same(config, tmp_path):
+    train(replace(config, block_size=32))
+    directory, prompt = tmp_path / "log" / "step_000008", "he was on the"
+    theirs, gpt = transformers.AutoModelForCausalLM.from_pretrained(directory), GPT.from_pretrained(directory)
+    ids = transformers.AutoTokenizer.from_pretrained(directory)(prompt, return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [tokenizer.encode(prompt)]
+    with torch.no_grad():
+        assert (theirs(ids).logits - gpt(ids)[0]).abs().max() < 1e-4
+    settings = sample.SampleConfig(checkpoint=str(directory), temperature=0, max_new_tokens=20)
+    write = transformers.pipeline("text-generation", model=str(directory))
+    written = write(prompt, max_new_tokens=20, do_sample=False)[0]["generated_text"]
+    assert written == prompt + "".join(sample.continuation(gpt, settings, prompt))
+    assert json.loads((directory / "config.json").read_text())["n_ctx"] == 32  # for llama.cpp's converter
+
+
+def test_a_model_card_tells_how_the_model_was_made_and_how_good_it_is(config, tmp_path):
+    train(config)
+    card = (tmp_path / "log" / "step_000008" / "README.md").read_text()
+    _, head, body = card.split("---\n", 2)
+    loss, val = (records(tmp_path / "log", key)[8] for key in ("loss", "val_loss"))
+    assert "library_name: transformers" in head and f"| validation loss | 8 | {val:.4f} |" in body
+    assert f"| training loss | 8 | {loss:.4f} |" in body and "1,024 tokens" in body and "random weights" in body
+    assert "source.jsonl" in body and "from transformers import pipeline" in body
+
+
+# ---- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuning(config):
+    """Settings of a run that begins with another's weights."""
+    return replace(config, model=None, init_from="log/step_000008", out_dir="tuned", max_lr=None, block_size=None)
+
+
+def test_training_begins_with_the_weights_of_another_run_and_resumes_bit_for_bit(config, tuning, tmp_path, capsys):
+    train(config)
+    capsys.readouterr()
+    train(tuning)
+    val, loss = (records(tmp_path / "tuned", key) for key in ("val_loss", "loss"))
+    assert val[0] == records(tmp_path / "log", "val_loss")[8] and val[8] < val[0]
+    lr = [record["lr"] for record in plot.read_log(tmp_path / "tuned" / "log.jsonl") if "lr" in record]
+    assert max(lr) == train_gpt2.RECIPES["debug"].max_lr / 10
+    printed = capsys.readouterr().out
+    assert "model log/step_000008 on" in printed and "expected first loss" not in printed
+    assert "Begun with log/step_000008" in (tmp_path / "tuned" / "step_000008" / "README.md").read_text()
+    expected = weights(tmp_path / "tuned" / "step_000008")
+    shutil.rmtree(tmp_path / "tuned" / "step_000008")
+    train(replace(tuning, resume=True))
+    assert records(tmp_path / "tuned", "loss") == loss and same(weights(tmp_path / "tuned" / "step_000008"), expected)
+
+
+def test_what_transformers_saved_is_padded_and_cropped_for_training(tuning, tmp_path):
+    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "theirs")
+    train(replace(tuning, init_from="theirs", block_size=16))
+    made = GPT.from_pretrained(tmp_path / "tuned" / "step_000008").config
+    assert made == GPTConfig(block_size=16, vocab_size=50304, n_layer=1, n_head=2, n_embd=16)
+
+
 # ---- wrong input -----------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +516,19 @@ def test_settings_that_do_not_fit_are_refused_by_flag_before_anything_is_written
     with pytest.raises(UsageError, match=says):  # some as soon as they are given
         train(replace(config, **change))
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"block_size": 64}, "--block_size 64 .* 32"), ({"model": "debug"}, "--model debug"), ({}, "211")],
+)
+def test_a_model_that_cannot_be_trained_on_is_refused(tuning, tmp_path, change, says):
+    GPT(GPTConfig(block_size=32, vocab_size=50304 if change else 211, n_layer=1, n_head=2, n_embd=16)).save_pretrained(
+        "other"
+    )
+    with pytest.raises(UsageError, match=says):
+        train(replace(tuning, init_from="other", **change))
+    assert not (tmp_path / "tuned").exists()
 
 
 @pytest.mark.parametrize(
