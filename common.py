@@ -11,9 +11,12 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 if typing.TYPE_CHECKING:
     import torch
@@ -120,11 +123,31 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+@contextlib.contextmanager
+def naming_remedy(flag: str) -> Iterator[None]:
+    """Turn torch's errors for a lack of memory into a MemoryError that names the flag to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:
+            raise MemoryError(f"out of memory: try a smaller {flag} ({reason})") from None
+        raise
+
+
+def progress_bar(shown: bool = True, **options: typing.Any) -> tqdm:
+    """A bar, if standard error is a terminal, with a lock that ends with its process, as tqdm's own would not."""
+    tqdm.set_lock(threading.RLock())
+    return tqdm(disable=None if shown else True, **options)
+
+
 def run(main: Callable[[], object]) -> typing.NoReturn:
     """Run a script's main; a user's mistake ends in one line.
 
     Where torchrun started several processes, a wrong flag is the same for all, so the first of a machine says it.
     """
+    # torch reads this at its first allocation; with huge pages on a CPU, logits cost far fewer page faults
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end a run
     rank, first = os.environ.get("RANK"), os.environ.get("LOCAL_RANK", "0") == "0"

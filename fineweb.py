@@ -45,7 +45,19 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from common import DataError, Flags, UsageError, flag, locked, parse_flags, replacing, run, sha256, write_json
+from common import (
+    DataError,
+    Flags,
+    UsageError,
+    flag,
+    locked,
+    parse_flags,
+    progress_bar,
+    replacing,
+    run,
+    sha256,
+    write_json,
+)
 from tokenizer import END_OF_TEXT, N_TOKENS, encoding
 
 LONGEST_TEXT = 1 << 20  # bytes; longer documents are encoded in parts
@@ -263,7 +275,7 @@ def quiet_hub(cache: Path | None) -> None:
 
     logging.set_verbosity_error()
     disable_progress_bars()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
+    tqdm.set_lock(threading.RLock())  # its own would outlive a process that is killed
 
 
 def list_urls(config: FinewebConfig, cache: Path | None) -> list[str]:
@@ -744,7 +756,7 @@ def write_shards(config: FinewebConfig, source: Source, manifest: dict) -> None:
     counts = [count_tokens(read_shard(directory / shard["name"], shard)) for shard in shards]
     done = sum(shard["tokens"] for shard in shards)
     start = Position(**shards[-1]["next"]) if shards else Position()
-    with tqdm(total=config.max_tokens, initial=done, unit=" tokens", unit_scale=True, disable=None) as bar:
+    with progress_bar(total=config.max_tokens, initial=done, unit=" tokens", unit_scale=True) as bar:
         for tokens, following in make_shards(config, source, start, done, bar.update):
             if not shards and len(tokens) == 1 and following is None:
                 break  # an empty document
@@ -779,7 +791,7 @@ def verify(directory: Path) -> dict:
         raise DataError(f"--verify {directory} holds no manifest.json: it is no directory that fineweb.py made")
     listed = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
     present = {path.name: path for path in directory.iterdir() if SHARD_NAME.fullmatch(path.name)}
-    bar = tqdm(listed, unit=" shards", disable=None)
+    bar = progress_bar(iterable=listed, unit=" shards")
     wrong = [name for name in bar if name not in present or sha256(present[name]) != listed[name]]
     if manifest["complete"]:  # a run that was killed may have written a shard more
         wrong += sorted(present.keys() - listed.keys())

@@ -26,7 +26,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from common import (
     DataError,
@@ -35,7 +34,9 @@ from common import (
     choose_device,
     flag,
     locked,
+    naming_remedy,
     parse_flags,
+    progress_bar,
     replacing,
     required,
     run,
@@ -57,7 +58,7 @@ class HellaswagConfig(Flags):
     model: str = flag(required, SOURCES)
     data: str | None = flag(None, f"file of examples (default: {FILE}, downloaded if it is not there)")
     limit: int | None = flag(None, "score only this many examples from the start (default: all)", least=1)
-    batch_tokens: int = flag(BATCH_TOKENS, "tokens in a batch, at most; fewer if memory runs out", least=1)
+    batch_tokens: int = flag(BATCH_TOKENS, "tokens in a batch, at most, or one question; lower it for memory", least=1)
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
 
 
@@ -69,10 +70,6 @@ class Question(NamedTuple):
     endings: list[list[int]]
     lengths: list[int]
     label: int
-
-    def width(self) -> int:
-        """How many tokens a model reads: the last one of each ending is only predicted."""
-        return len(self.context) + sum(map(len, self.endings)) - ENDINGS
 
 
 def download(path: Path = FILE) -> Path:
@@ -133,23 +130,15 @@ def clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def batches(questions: list[Question], batch_tokens: int) -> Iterator[list[Question]]:
-    """Group questions of like width, so that little is padding, within a budget of tokens."""
-    batch: list[Question] = []
-    for question in sorted(questions, key=Question.width):
-        if batch and (len(batch) + 1) * question.width() > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(question)
-    if batch:
-        yield batch
-
-
 class Row(NamedTuple):
     """A context and endings of it, which are read together: each ending sees the context and itself."""
 
     context: list[int]
     endings: list[list[int]]
+
+    def width(self) -> int:
+        """How many tokens are read: the last one of an ending is only predicted."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
     def layout(self) -> tuple[list[int], list[int], list[int]]:
         """The tokens to read, their positions, and whose they are: 0 the context's, 1 the first ending's ..."""
@@ -160,18 +149,18 @@ class Row(NamedTuple):
             parts += [number] * (len(ending) - 1)
         return tokens, positions, parts
 
-    def predictors(self) -> Iterator[list[int]]:
-        """For each ending, the places in the row after which its tokens come."""
+    def predictors(self) -> Iterator[int]:
+        """The places in the row after which the tokens of the endings come."""
         start = len(self.context)
         for ending in self.endings:
-            stop = start + len(ending) - 1
-            yield [len(self.context) - 1, *range(start, stop)]
-            start = stop
+            yield len(self.context) - 1
+            yield from range(start, start + len(ending) - 1)
+            start += len(ending) - 1
 
 
 def rows(question: Question, block_size: int) -> list[Row]:
     """A question as one row; where an ending does not fit, as a row each, with the end of the context that does."""
-    _, context, endings, *_ = question
+    context, endings = question.context, question.endings
     if len(context) + max(map(len, endings)) <= block_size + 1:
         return [Row(context, endings)]
     windows = [(context + ending)[-block_size - 1 :] for ending in endings]
@@ -179,21 +168,42 @@ def rows(question: Question, block_size: int) -> list[Row]:
     return [Row(tokens[:-count], [tokens[-count:]]) for tokens, count in zip(windows, scored, strict=True)]
 
 
+Asked = tuple[Question, list[Row]]
+
+
+def batches(questions: list[Question], block_size: int, batch_tokens: int) -> Iterator[list[Asked]]:
+    """Group questions whose rows have a like width, so that little is padding, within a budget of tokens."""
+    asked = [(question, rows(question, block_size)) for question in questions]
+    batch: list[Asked] = []
+    for one in sorted(asked, key=widest):
+        count = sum(len(read) for _, read in [*batch, one])
+        if batch and count * widest(one) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(one)
+    if batch:
+        yield batch
+
+
+def widest(asked: Asked) -> int:
+    return max(row.width() for row in asked[1])
+
+
 def ending_losses(gpt: GPT, batch: list[Row]) -> Tensor:
     """The total loss, in nats, of the tokens of each row's endings, one after the other."""
     device = gpt.lm_head.weight.device
     columns = zip(*(row.layout() for row in batch), strict=True)
-    # on the right of shorter rows stand zeros of a part of their own, which no token looks at
+    # what pads the shorter rows is a part of its own, which the others do not see
     padded = [pad(column, value) for column, value in zip(columns, (0, 0, -1), strict=True)]
     idx, positions, parts = (tensor.to(device) for tensor in padded)  # (B, T) each
-    seen, T = parts[:, None, :], idx.shape[1]
+    T, seen = idx.shape[1], parts[:, None, :]
     mask = ((seen == 0) | (seen == parts[:, :, None])).tril()  # (B, T, T)
     hidden = gpt.hidden(idx, positions, mask[:, None]).flatten(0, 1)  # (B T, C)
-    places = [[number * T + place for place in some] for number, row in enumerate(batch) for some in row.predictors()]
-    targets = [ending for row in batch for ending in row.endings]
-    losses = token_losses(gpt, hidden[torch.tensor(sum(places, []), device=device)], sum(targets, []))
-    owners = torch.arange(len(targets)).repeat_interleave(torch.tensor([len(ending) for ending in targets]))
-    return torch.zeros(len(targets), dtype=torch.float64).index_add(0, owners, losses)
+    endings = [ending for row in batch for ending in row.endings]
+    before = [number * T + place for number, row in enumerate(batch) for place in row.predictors()]
+    losses = token_losses(gpt, hidden[torch.tensor(before, device=device)], sum(endings, []))
+    owners = torch.arange(len(endings)).repeat_interleave(torch.tensor([len(ending) for ending in endings]))
+    return torch.zeros(len(endings), dtype=torch.float64).index_add(0, owners, losses)
 
 
 def pad(lists: list[list[int]], value: int) -> Tensor:
@@ -204,7 +214,7 @@ def token_losses(gpt: GPT, hidden: Tensor, targets: list[int]) -> Tensor:
     """The losses of tokens (N) after hidden states (N, C), on the CPU; logits of few at a time, which are large."""
     pairs = zip(hidden.split(1024), torch.tensor(targets, device=hidden.device).split(1024), strict=True)
     losses = [F.cross_entropy(gpt.lm_head(some).float(), wanted, reduction="none") for some, wanted in pairs]
-    return torch.cat(losses).double().cpu()
+    return torch.cat(losses).cpu().double()
 
 
 @torch.no_grad()
@@ -213,19 +223,23 @@ def count_correct(
 ) -> Tensor:
     """How many questions of each scoring the model gets right, by `acc` and by `acc_norm`: integers (2, 2)."""
     correct = torch.zeros(len(SCORINGS), 2, dtype=torch.long)
-    with tqdm(total=len(questions), unit=" questions", disable=None if progress else True, leave=False) as bar:
-        for batch in batches(questions, batch_tokens):
-            read = [row for question in batch for row in rows(question, gpt.config.block_size)]
-            # a tie of endings that are alike goes to the first, whatever their rounding is
-            alike = torch.tensor([[q.endings.index(ending) for ending in q.endings] for q in batch])
-            totals = ending_losses(gpt, read).view(-1, ENDINGS).gather(1, alike)
-            lengths, labels = (
-                torch.tensor(column) for column in zip(*((q.lengths, q.label) for q in batch), strict=True)
-            )
-            right = [losses.argmin(dim=1) == labels for losses in (totals, totals / lengths)]
-            correct.index_add_(0, torch.tensor([q.scoring for q in batch]), torch.stack(right, dim=1).long())
+    with progress_bar(progress, total=len(questions), unit=" questions", leave=False) as bar:
+        for batch in batches(questions, gpt.config.block_size, batch_tokens):
+            correct += count_batch(gpt, batch)
             bar.update(len(batch))
     return correct
+
+
+def count_batch(gpt: GPT, batch: list[Asked]) -> Tensor:
+    """What `count_correct` counts, of one batch."""
+    questions = [question for question, _ in batch]
+    # a tie of endings that are alike goes to the first, whatever their rounding is
+    alike = torch.tensor([[q.endings.index(ending) for ending in q.endings] for q in questions])
+    totals = ending_losses(gpt, [row for _, read in batch for row in read]).view(-1, ENDINGS).gather(1, alike)
+    lengths, labels = torch.tensor([q.lengths for q in questions]), torch.tensor([q.label for q in questions])
+    right = [losses.argmin(dim=1) == labels for losses in (totals, totals / lengths)]
+    scorings = torch.tensor([q.scoring for q in questions])
+    return torch.zeros(len(SCORINGS), 2, dtype=torch.long).index_add(0, scorings, torch.stack(right, dim=1).long())
 
 
 def accuracies(correct: Tensor, questions: int) -> dict[str, float]:
@@ -240,7 +254,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"--data {config.data}: no such file")
     gpt = GPT.from_pretrained(config.model).to(choose_device(config.device))
     questions = load(Path(config.data) if config.data else download(), slice(config.limit))
-    correct, n = count_correct(gpt, questions, config.batch_tokens, progress=True), len(questions) // len(SCORINGS)
+    with naming_remedy("--batch_tokens"):
+        correct = count_correct(gpt, questions, config.batch_tokens, progress=True)
+    n = len(questions) // len(SCORINGS)
     print(f"{n} examples")
     for scoring, (acc, acc_norm) in zip(SCORINGS, correct.tolist(), strict=True):
         print(f"{scoring:8} acc {acc / n:.4f} ({acc} right), acc_norm {acc_norm / n:.4f} ({acc_norm} right)")

@@ -51,7 +51,8 @@ PRESETS = {
 }
 
 
-SOURCES = "checkpoint directory, or model on the Hugging Face Hub, as gpt2 or gpt2-xl"  # that `from_pretrained` takes
+# What `from_pretrained` takes
+SOURCES = "checkpoint directory, or model on the Hugging Face Hub, as gpt2 or gpt2-xl"
 
 
 class Cache:
@@ -59,6 +60,7 @@ class Cache:
 
     def __init__(self, size: int) -> None:
         self.size, self.length = size, 0
+        self.k = self.v = torch.empty(0)  # made with the first tokens, whose type and device they have
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add those of the next tokens; returns all up to here."""
@@ -152,9 +154,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The final hidden states (B, T, C) of token ids (B, T): what `lm_head` turns into logits.
 
-        A token sees itself and those before it. `caches`, one a layer, are filled with what later tokens need; those
-        come one at a time, without the ones before. Or `positions` (B, T) and a `mask` (B, 1, T, T), true where the
-        token of a row sees that of a column, tell where each token stands and what it sees.
+        A token sees itself and those before it. With `caches`, one a layer, the first call reads the beginning and
+        fills them, and each later one takes a single token. With `positions` (B, T), each below block_size, and a
+        `mask` (B, 1, T, T), true where the token of a row sees that of a column, the caller says where tokens stand
+        and what they see.
         """
         T, seen = idx.shape[1], caches[0].length if caches else 0
         assert seen == 0 or T == 1
@@ -201,20 +204,20 @@ class GPT(nn.Module):
         the fewest whose probabilities come to `top_p` (Holtzman et al., 2020). Ids that only pad the vocabulary are
         never drawn. The model sees the last block_size tokens. Up to there, keys and values are cached; past it, the
         window slides by a token a step, which moves every position, so that each step reads the whole window. Raises
-        ValueError for an empty prompt or settings out of range.
+        ValueError, at the first id, for an empty prompt or settings out of range.
         """
         if idx.shape[1] == 0 or temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
             given = f"{idx.shape[1]} tokens, temperature {temperature}, top_k {top_k}, top_p {top_p}"
             raise ValueError(f"need a prompt, temperature >= 0, top_k >= 1 and 0 < top_p <= 1, not {given}")
         self.check_ids(idx)
-        block_size, room, unread = self.config.block_size, 0, idx
+        block_size, unread = self.config.block_size, idx
+        caches = [Cache(min(block_size, idx.shape[1] + max_new_tokens)) for _ in self.transformer.h]
         for _ in range(max_new_tokens):
-            if room == 0:
-                caches = [Cache(block_size) for _ in self.transformer.h]
-                unread, room = idx[:, -block_size:], block_size
-            last = self.hidden(unread, caches=caches)[:, -1]  # (B, C)
-            room -= unread.shape[1]
-            logits = self.lm_head(last)[:, :N_TOKENS].float()  # (B, V)
+            if idx.shape[1] <= block_size:
+                hidden = self.hidden(unread, caches=caches)  # (B, T, C)
+            else:
+                hidden = self.hidden(idx[:, -block_size:])  # (B, T, C)
+            logits = self.lm_head(hidden[:, -1])[:, :N_TOKENS].float()  # (B, V)
             unread = draw(logits, temperature, top_k, top_p, generator)
             idx = torch.cat([idx, unread], dim=1)
             yield unread
@@ -270,10 +273,11 @@ class GPT(nn.Module):
 def find_file(source: str | Path, name: str) -> Path:
     """A file of a directory, or of a model on the Hugging Face Hub; raises DataError where it cannot be had."""
     first, *rest = Path(source).parts or [""]
-    if Path(source).is_dir() or Path(first).exists() or len(rest) > 1 or Path(source).is_absolute():
+    if Path(first).exists() or len(rest) > 1 or str(source).startswith((".", "/")):  # the Hub's are OWNER/NAME, or NAME
         path = Path(source) / name
         if not path.is_file():
-            raise DataError(f"{source} is not a checkpoint: there is no {path}")
+            steps = [f"; did you mean {step}?" for step in sorted(Path(source).glob("step_*"))]
+            raise DataError(f"{source} is not a checkpoint: there is no {path}{''.join(steps[-1:])}")
         return path
     from huggingface_hub import hf_hub_download
 
@@ -283,7 +287,7 @@ def find_file(source: str | Path, name: str) -> Path:
         reason = " ".join(str(error).split())
         raise DataError(f"{source} is no directory here, and {name} did not come from the Hub: {reason}") from None
     if re.fullmatch("[0-9a-f]{64}", path.name) and sha256(path) != path.name:  # by which the Hub's cache names it
-        path.unlink()
+        path.unlink(missing_ok=True)
         raise DataError(f"{name} of {source} did not come whole from the Hub: run the same command again")
     return path
 
@@ -294,10 +298,14 @@ def weight_files(source: str | Path) -> list[Path]:
         return [find_file(source, "model.safetensors")]
     except DataError as missing:
         try:
-            index = json.loads(find_file(source, "model.safetensors.index.json").read_text(encoding="utf-8"))
+            path = find_file(source, "model.safetensors.index.json")
         except DataError:
             raise missing from None
-    return [find_file(source, name) for name in sorted(set(index["weight_map"].values()))]
+    try:
+        names = {Path(name).name for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is not an index of weights: {error}") from None
+    return [find_file(source, name) for name in sorted(names)]
 
 
 def read_weights(source: str | Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -308,7 +316,7 @@ def read_weights(source: str | Path, shapes: dict[str, torch.Size]) -> dict[str,
     wrong = [name for name in shapes | weights if getattr(weights.get(name), "shape", None) != shapes.get(name)]
     if wrong:
         raise DataError(f"the weights of {source} do not fit its config.json: {', '.join(wrong[:3])}")
-    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+    if not torch.equal(weights["lm_head.weight"].float(), weights["transformer.wte.weight"].float()):
         raise DataError(f"{source} has a classifier that is not tied to its embedding, which GPT-2's is")
     return weights
 
@@ -339,8 +347,8 @@ def draw(
     if top_k is not None:
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # so that the smallest temperature does not overflow
-    probabilities = F.softmax(logits / temperature, dim=-1)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # so that a small temperature does not overflow
+    probabilities = F.softmax(logits / max(temperature, 1e-6), dim=-1)
     if top_p < 1:
         falling, order = probabilities.sort(dim=-1, descending=True)
         before = falling.cumsum(dim=-1) - falling  # what the likelier ones have together

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,18 +45,27 @@ class SampleConfig(Flags):
 
 
 def read_prompt(config: SampleConfig) -> str:
-    """The text to continue, without a file's last line end; raises UsageError where it is empty."""
-    piped = config.prompt is None and config.file is None and is_piped()
-    source = "/dev/stdin" if piped else config.file
-    text = PROMPT if config.prompt is None else config.prompt
-    if source is not None:
-        try:
-            text = Path(source).read_text(encoding="utf-8-sig").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{source} is not UTF-8 ({error.reason})") from None
+    """The text to continue; raises UsageError where there is none."""
+    source, text = "--prompt", PROMPT if config.prompt is None else config.prompt
+    if config.file is not None:
+        source = f"--file {config.file}"
+        if not Path(config.file).exists():
+            raise UsageError(f"{source}: no such file")
+        text = read_text(Path(config.file).read_bytes(), source)
+    elif config.prompt is None and is_piped():
+        source = "standard input"
+        text = read_text(sys.stdin.buffer.read(), source)
     if not text:
-        raise UsageError(f"{source or '--prompt'} is empty: give some text to continue")
+        raise UsageError(f"{source} is empty: give some text to continue")
     return text
+
+
+def read_text(content: bytes, source: str) -> str:
+    """The text of a file without its last line end, which is seldom meant; raises DataError where it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is not UTF-8 ({error.reason})") from None
 
 
 def is_piped() -> bool:

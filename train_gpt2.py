@@ -48,6 +48,7 @@ from common import (
     flag,
     flush,
     locked,
+    naming_remedy,
     parse_flags,
     replacing,
     run,
@@ -100,8 +101,8 @@ def by_model(name: str, help: str, **metadata: object) -> Any:
 class TrainConfig(Flags):
     """What a run does. A field marked `fixed` alters its results beyond rounding: a resumed run must keep it."""
 
-    model: str | None = flag(None, "size (default: gpt2 on a CUDA device, else debug)", choices=[*PRESETS], fixed=True)
     init_from: str | None = flag(None, f"start from this {SOURCES} (default: from random weights)", fixed=True)
+    model: str | None = flag(None, "size (default: gpt2 on a CUDA device, else debug)", choices=[*PRESETS], fixed=True)
     data_dir: str | None = flag(None, f"shards (default: {FULL_DATA}; for debug without it, {SAMPLE_DATA})")
     out_dir: str = flag("log", "directory of the checkpoints, log.jsonl and loss.png")
     resume: bool = flag(False, "go on from the newest checkpoint in out_dir, if there is one")
@@ -148,11 +149,22 @@ def choose_model(config: TrainConfig, device: torch.device) -> tuple[str, GPTCon
         return model, PRESETS[model]
     if config.model:
         raise UsageError(f"--init_from {config.init_from} brings its own size: leave out --model {config.model}")
-    sizes = read_config(find_file(config.init_from, "config.json"))
+    sizes = sizes_to_train(config)
     if sizes.vocab_size < tokenizer.N_TOKENS:
         raise UsageError(f"--init_from {config.init_from} has {sizes.vocab_size} tokens, fewer than GPT-2")
     as_large = [name for name, p in PRESETS.items() if p.n_layer >= sizes.n_layer and p.n_embd >= sizes.n_embd]
     return [*as_large, "gpt2-xl"][0], sizes
+
+
+def sizes_to_train(config: TrainConfig) -> GPTConfig:
+    """The sizes of --init_from, or of what was made from it; a run can be resumed where its source is gone."""
+    sources, problem = [config.init_from, *checkpoints(Path(config.out_dir)).values()], None
+    for source in sources:
+        try:
+            return read_config(find_file(source, "config.json"))
+        except DataError as error:
+            problem = problem or error
+    raise problem
 
 
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -256,8 +268,6 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-    # torch reads this at its first allocation; with huge pages on a CPU, logits cost far fewer page faults
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
@@ -449,7 +459,8 @@ class Trainer:
     skipped: Tensor  # steps without finite loss and gradient: in all, in a row up to now, most in a row since the start
     scores: dict[str, tuple[int, float]]  # the latest of each, and its step
     step: int = 0
-    position: int = 0
+    tokens: int = 0  # trained on
+    position: int = 0  # in the data
     evaluated: bool = False  # at this step
 
     def autocast(self) -> torch.autocast:
@@ -503,7 +514,7 @@ def training_step(trainer: Trainer, rows: Tensor) -> tuple[Tensor, Tensor]:
     trainer.optimizer.zero_grad()
     in_a_row = (trainer.skipped[1] + 1) * bad
     trainer.skipped = torch.stack([trainer.skipped[0] + bad, in_a_row, trainer.skipped[2].maximum(in_a_row)])
-    trainer.step, trainer.evaluated = trainer.step + 1, False
+    trainer.step, trainer.tokens, trainer.evaluated = trainer.step + 1, trainer.tokens + rows[:, 1:].numel(), False
     return loss, norm
 
 
@@ -608,6 +619,7 @@ def write_checkpoint(trainer: Trainer, shards: Shards, directory: Path) -> None:
     directory.mkdir(parents=True)
     state = {
         "step": trainer.step,
+        "tokens": trainer.tokens,
         "position": trainer.position,
         "config": asdict(trainer.config),
         "data": shards.identity,
@@ -670,10 +682,18 @@ def model_card(trainer: Trainer, shards: Shards) -> str:
         begun=config.init_from or "random weights",
         step=trainer.step,
         max_steps=config.max_steps,
-        tokens=trainer.position,
-        source="\n".join(f"- {key}: {json.dumps(value)}" for key, value in source.items()),
+        tokens=trainer.tokens,
+        source="\n".join(f"- {key}: {shortened(value)}" for key, value in source.items()),
         scores="\n".join(f"| {name} | {step} | {value:.4f} |" for name, (step, value) in trainer.scores.items()),
     )
+
+
+def shortened(value: str | list[list[str]]) -> str:
+    """A source's entry for the model card: a text, or files, each with its hash, of which a few are named."""
+    if isinstance(value, str):
+        return value
+    more = f" and {len(value) - 5} more" if len(value) > 5 else ""
+    return ", ".join(name for name, _ in value[:5]) + more
 
 
 def versions() -> dict[str, str]:
@@ -741,7 +761,7 @@ def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: li
         torch.cuda.set_rng_state(tensors["random.cuda"], world.device)
     if trainer.scaler.is_enabled() and state["scaler"]:
         trainer.scaler.load_state_dict(state["scaler"])
-    for name in ("step", "position", "evaluated", "scores"):
+    for name in ("step", "tokens", "position", "evaluated", "scores"):
         setattr(trainer, name, state[name])
     skipped, in_a_row, _ = state["skipped"]
     trainer.skipped = torch.tensor([skipped, in_a_row, in_a_row], device=world.device)
@@ -817,7 +837,7 @@ def report(trainer: Trainer, log: plot.Log, clock: Clock, rows: Tensor, loss: Te
     loss, norm, (skipped, _, in_a_row) = float(loss), float(norm), trainer.skipped.tolist()  # waits for the device
     if math.isfinite(loss):
         trainer.scores["training loss"] = step, loss
-    lr, (seconds, rate, left) = trainer.optimizer.param_groups[0]["lr"], clock.read(step, config.max_steps)
+    lr, (seconds, rate, left) = trainer.optimizer.param_groups[0]["lr"], clock.read(trainer)
     known = [flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name(world.device))]
     mfu = rate * flops_per_token(trainer.gpt) / (known[0] * world.size) if known else None
     batch = hashlib.sha256(rows.to(torch.uint16).numpy()).hexdigest()[:16]
@@ -840,9 +860,10 @@ def report(trainer: Trainer, log: plot.Log, clock: Clock, rows: Tensor, loss: Te
 class Clock:
     """Times the steps between two lines of the log, without the evaluations and checkpoints between them."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.began = self.since = self.paused = time.perf_counter()
-        self.first, self.last, self.tokens = step, step, 0
+        self.first = self.step = trainer.step
+        self.tokens = trainer.tokens
 
     def pause(self) -> None:
         self.paused = time.perf_counter()
@@ -850,13 +871,13 @@ class Clock:
     def go_on(self) -> None:
         self.since += time.perf_counter() - self.paused
 
-    def read(self, step: int, max_steps: int) -> tuple[float, float, float]:
+    def read(self, trainer: Trainer) -> tuple[float, float, float]:
         """Seconds a step and tokens a second since the last reading, and the seconds that the run has left."""
-        now = time.perf_counter()
-        elapsed, left = now - self.since, (now - self.began) / (step - self.first) * (max_steps - step)
-        figures = elapsed / (step - self.last), self.tokens / elapsed, left
-        self.since, self.last, self.tokens = now, step, 0
-        return figures
+        now, step = time.perf_counter(), trainer.step
+        elapsed, average = now - self.since, (now - self.began) / (step - self.first)
+        seconds, rate = elapsed / (step - self.step), (trainer.tokens - self.tokens) / elapsed
+        self.since, self.step, self.tokens = now, step, trainer.tokens
+        return seconds, rate, average * (trainer.config.max_steps - step)
 
 
 @contextlib.contextmanager
@@ -957,11 +978,10 @@ def train(config: TrainConfig) -> None:
         questions, log = load_hellaswag(config, world), open_log(trainer, shards)
         if not trainer.evaluated:
             evaluate(trainer, log, shards, questions)
-        clock, stopping = Clock(trainer.step), False
+        clock, stopping = Clock(trainer), False
         while trainer.step < config.max_steps and not stopping:
             rows, trainer.position = batches.at(trainer.position, batch_tokens(config, trainer.position))
             loss, norm = training_step(trainer, rows)
-            clock.tokens += rows[:, 1:].numel()
             if due(config.log_every, trainer):
                 report(trainer, log, clock, rows, loss, norm)
             stopping = world.any(signals) and trainer.step < config.max_steps
@@ -981,11 +1001,10 @@ def train(config: TrainConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = parse_flags(TrainConfig, argv, __doc__)
     try:
-        train(config)
+        with naming_remedy("--batch_size"):
+            train(config)
     except RuntimeError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
-            raise MemoryError(f"out of memory: try a smaller --batch_size ({reason})") from None
         if "RANK" in os.environ and re.search("timed out|timeout|connection|peer", reason, re.IGNORECASE):
             told = f"another process ended, or did not answer within --timeout {config.timeout} s"
             raise DataError(f"{told}: {reason}") from None

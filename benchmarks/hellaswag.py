@@ -27,7 +27,7 @@ from model import GPT, PRESETS
 
 @dataclass(frozen=True)
 class BenchmarkConfig(Flags):
-    model: str = flag("gpt2", "size; its weights are random", choices=[*PRESETS])
+    model: str = flag("gpt2", "size; its weights are random", choices=[*PRESETS][1:])
     data: str | None = flag(None, f"file of examples (default: {hellaswag.FILE}, downloaded if it is not there)")
     limit: int = flag(100, "examples to score", least=1)
     batch_tokens: int = flag(hellaswag.BATCH_TOKENS, "tokens in a batch, at most", least=1)
@@ -35,18 +35,18 @@ class BenchmarkConfig(Flags):
 
 
 def question_losses(gpt: GPT, question: hellaswag.Question) -> Tensor:
-    """The total losses of a question's four endings: four rows, each with the context, and all their logits."""
+    """The total losses of a question's endings: a row each, all with the context, and all their logits."""
     device = gpt.lm_head.weight.device
     width = len(question.context) + max(map(len, question.endings))
-    idx, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width)
+    idx, mask = torch.zeros(hellaswag.ENDINGS, width, dtype=torch.long), torch.zeros(hellaswag.ENDINGS, width)
     for number, ending in enumerate(question.endings):
         tokens = question.context + ending
         idx[number, : len(tokens)] = torch.tensor(tokens)
         mask[number, len(question.context) : len(tokens)] = 1
     idx, mask = idx.to(device), mask.to(device)
     logits, _ = gpt(idx)  # (4, T, V)
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(4, -1)
-    return (losses * mask[:, 1:]).sum(dim=1)
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="none")
+    return (losses.view(idx[:, 1:].shape) * mask[:, 1:]).sum(dim=1)
 
 
 @torch.no_grad()
@@ -78,7 +78,8 @@ def main() -> None:
         correct[way] = count(questions).tolist()
         rates[way] = len(questions) / len(hellaswag.SCORINGS) / (time.perf_counter() - began)
         print(f"{way}: {rates[way]:.2f} examples/s, right {correct[way]}")
-    figures = {"device": str(device), "torch": torch.__version__, "model": config.model, "examples": config.limit}
+    examples = len(questions) // len(hellaswag.SCORINGS)
+    figures = {"device": str(device), "torch": torch.__version__, "model": config.model, "examples": examples}
     figures |= {"batch_tokens": config.batch_tokens, "correct": correct, "examples_per_second": rates}
     print(json.dumps(figures | {"ratio": rates["batches"] / rates["one_at_a_time"]}))
 

@@ -123,13 +123,16 @@ def test_each_context_is_read_once_and_the_classifier_runs_only_where_an_ending_
     assert sum(scored) == sum(len(ending) for q in questions for ending in q.endings)
 
 
-def test_batches_keep_within_the_budget_and_hold_like_widths(tmp_path):
+@pytest.mark.parametrize("block_size", [16, 128])  # where most questions take four rows, and where all take one
+def test_what_is_read_keeps_within_the_budget_with_little_padding(tmp_path, monkeypatch, block_size):
+    gpt, shapes = random_gpt(block_size), []
     questions = hellaswag.load(write(tmp_path / "a.jsonl", rows(40)))
-    batches = list(hellaswag.batches(questions, 1000))
-    assert sorted(sum(batches, [])) == sorted(questions) and len(batches) < 15
-    widths = [[question.width() for question in batch] for batch in batches]
-    assert sum(widths, []) == sorted(sum(widths, []))
-    assert all(max(batch) * len(batch) <= 1000 or len(batch) == 1 for batch in widths)
+    monkeypatch.setattr(gpt, "check_ids", lambda idx: shapes.append(idx.shape))
+    hellaswag.count_correct(gpt, questions, batch_tokens=1000)
+    assert all(height * width <= 1000 for height, width in shapes)
+    read = sum(row.width() for question in questions for row in hellaswag.rows(question, block_size))
+    assert read <= sum(height * width for height, width in shapes) < 1.25 * read
+    assert len(shapes) < 1.5 * read / 1000 + 2
 
 
 def test_of_endings_that_are_alike_the_first_wins(tmp_path, monkeypatch):

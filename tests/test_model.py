@@ -175,20 +175,27 @@ def test_greedy_text_equals_that_of_transformers(tmp_path, theirs):
     assert torch.equal(gpt.generate(prompt, 20, temperature=0), expected)
 
 
-def test_a_padded_vocabulary_hardly_changes_the_loss_and_cropped_positions_not_at_all(tmp_path):
+def test_a_padded_vocabulary_hardly_changes_the_loss(tmp_path):
     gpt = small_gpt(GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=4, n_embd=32))
     last = gpt.transformer.ln_f
     last.weight.data.zero_()
     last.bias.data.fill_(1.0)
     gpt.lm_head.weight.data -= 1.0  # as in OpenAI's models, all logits are far below zero
     gpt.save_pretrained(tmp_path)
-    padded = GPT.from_pretrained(tmp_path, vocab_multiple=128, block_size=16)
-    assert (padded.config.vocab_size, padded.config.block_size) == (50304, 16)
+    padded = GPT.from_pretrained(tmp_path, vocab_multiple=128)
+    assert padded.config.vocab_size == 50304
     assert padded.lm_head.weight is padded.transformer.wte.weight
     idx = torch.randint(50257, (2, 17), generator=torch.Generator().manual_seed(0))
     (logits, loss), (wider, padded_loss) = gpt(idx[:, :-1], idx[:, 1:]), padded(idx[:, :-1], idx[:, 1:])
     assert torch.allclose(wider[:, :, :50257], logits, atol=1e-4) and logits.max() < -10
     assert 0 <= padded_loss.item() - loss.item() <= math.log(50304 / 50257) + 1e-5
+
+
+def test_cropped_positions_leave_what_fits_as_it_was(tmp_path):
+    gpt, idx = small_gpt(), tokens(2, 16)
+    gpt.save_pretrained(tmp_path)
+    cropped = GPT.from_pretrained(tmp_path, block_size=16)
+    assert cropped.config.block_size == 16 and torch.equal(cropped(idx)[0], gpt(idx)[0])
     with pytest.raises(ValueError, match="33.*32"):
         GPT.from_pretrained(tmp_path, block_size=33)
 
@@ -367,7 +374,7 @@ def test_draws_follow_temperature_top_k_and_top_p():
         assert torch.allclose(frequencies(1.0, None, top_p), only(count), atol=0.015), top_p
     assert torch.allclose(frequencies(1.0, 2, 0.8), only(2), atol=0.015)
     assert torch.allclose(frequencies(1.0, 2, 0.7), only(1), atol=0.015)  # 0.73 of what top_k leaves
-    assert frequencies(1e-40)[0] == 1 and frequencies(1.0, 100)[3] > 0
+    assert frequencies(1e-40)[0] == 1 and frequencies(1e-50)[0] == 1 and frequencies(1.0, 100)[3] > 0
 
 
 def test_draws_leave_the_tokens_that_transformers_leaves():
@@ -419,6 +426,14 @@ def test_a_directory_that_is_not_a_whole_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(text.replace('"n_layer": 3', '"n_layer": 4'))
     with pytest.raises(ValueError, match="h.3"):
         GPT.from_pretrained(tmp_path)
+    weights.unlink()
+    for index in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(ValueError, match="index"):
+            GPT.from_pretrained(tmp_path)
+    (tmp_path / "log" / "step_000007").mkdir(parents=True)
+    with pytest.raises(ValueError, match="did you mean .*step_000007"):
+        GPT.from_pretrained(tmp_path / "log")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json"):
         GPT.from_pretrained(tmp_path)
