@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -168,6 +169,8 @@ class GPT(nn.Module):
         if idx.is_cpu and not torch.compiler.is_compiling():  # elsewhere the check would wait for the device
             self.check_ids(idx)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        if autocast_dtype(x.device) == torch.bfloat16:  # else the whole residual stream would stay in fp32
+            x = x.to(torch.bfloat16)
         for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer, strict=True):
             x = block(x, mask, cache)
         return self.transformer.ln_f(x)
@@ -185,8 +188,11 @@ class GPT(nn.Module):
         for an id outside the vocabulary.
         """
         logits = self.lm_head(self.hidden(idx))  # (B, T, V)
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits, loss
+        if targets is None:
+            return logits, None
+        in_parts = logits.is_cpu and not torch.compiler.is_compiling()
+        cross_entropy = CrossEntropy.apply if in_parts else F.cross_entropy
+        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def stream(
@@ -336,6 +342,45 @@ def resize(
     embedding = torch.cat([embedding, embedding.mean(dim=0).expand(vocab_size - config.vocab_size, -1)])
     changed = {"transformer.wte.weight": embedding, "lm_head.weight": embedding, "transformer.wpe.weight": positions}
     return replace(config, vocab_size=vocab_size, block_size=block_size), weights | changed
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in on the device, or None outside of it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+class CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy on a CPU, for logits (N, V) of any float type: in fp32, of a few rows at a time.
+
+    Whole, the logits in fp32, their log-softmax and its gradient would go through memory several times, which takes
+    longer than the matrix products; a few rows stay in the processor's cache.
+    """
+
+    ROWS = 32
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        log_sums, losses = torch.empty(2, len(logits))
+        counts = targets != -100
+        parts = (part.split(CrossEntropy.ROWS) for part in (logits, targets.clamp(min=0), log_sums, losses))
+        for some, wanted, log_sum, loss in zip(*parts, strict=True):
+            torch.logsumexp(some.float(), dim=1, out=log_sum)
+            torch.sub(log_sum, some.gather(1, wanted[:, None])[:, 0], out=loss)
+        ctx.save_for_backward(logits, targets, log_sums)
+        return losses[counts].mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets, log_sums = ctx.saved_tensors
+        counts = targets != -100
+        scales = counts * (gradient / counts.sum())  # (N)
+        result = torch.empty_like(logits)
+        parts = (part.split(CrossEntropy.ROWS) for part in (logits, targets.clamp(min=0), log_sums, scales, result))
+        for some, wanted, log_sum, scale, out in zip(*parts, strict=True):
+            probabilities = (some.float() - log_sum[:, None]).exp_()
+            probabilities[torch.arange(len(some)), wanted] -= 1.0
+            out.copy_(probabilities.mul_(scale[:, None]))
+        return result, None
 
 
 def draw(

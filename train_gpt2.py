@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import json
@@ -21,6 +22,7 @@ import signal
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,6 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
@@ -60,6 +63,7 @@ from model import GPT, PRESETS, SOURCES, GPTConfig, find_file, load_tensors, rea
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 FULL_DATA, SAMPLE_DATA = "edu_fineweb10B", "sample_shards"
 
 
@@ -140,6 +144,7 @@ class TrainConfig(Flags):
     device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
     dtype: str = flag("auto", "of autocast; auto: bfloat16 where the device computes it", choices=["auto", *DTYPES])
     compile: bool | None = flag(None, "compile the model (default: true on a CUDA device, else false)")
+    compile_mode: str = flag("default", "how torch.compile searches for speed", choices=COMPILE_MODES)
 
 
 def choose_model(config: TrainConfig, device: torch.device) -> tuple[str, GPTConfig]:
@@ -268,6 +273,10 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    elif (
+        size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1"
+    ):  # which torchrun sets, however many cores there are
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
@@ -462,6 +471,7 @@ class Trainer:
     tokens: int = 0  # trained on
     position: int = 0  # in the data
     evaluated: bool = False  # at this step
+    attention: str | None = None  # the kernel to prefer
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.config.dtype]
@@ -471,7 +481,7 @@ class Trainer:
 def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     """Put the network on the device, and wrap it for speed and for several processes."""
     gpt = gpt.to(world.device)
-    model = torch.compile(gpt) if config.compile else gpt
+    model = torch.compile(gpt, fullgraph=True, dynamic=False, mode=config.compile_mode) if config.compile else gpt
     if world.size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
@@ -499,7 +509,7 @@ def training_step(trainer: Trainer, rows: Tensor) -> tuple[Tensor, Tensor]:
         # read by DDP in the forward pass: reduce the gradients once, with the last micro-batch
         trainer.model.require_backward_grad_sync = number == len(micro_batches) - 1
         with trainer.autocast():
-            _, mean = trainer.model(micro_batch[:, :-1], micro_batch[:, 1:])
+            mean = trainer.model(micro_batch[:, :-1], micro_batch[:, 1:])[1]  # and the logits need not be kept
         trainer.scaler.scale(mean / len(micro_batches)).backward()
         loss += mean.detach() / len(micro_batches)
     for group in trainer.optimizer.param_groups:
@@ -625,6 +635,7 @@ def write_checkpoint(trainer: Trainer, shards: Shards, directory: Path) -> None:
         "data": shards.identity,
         "skipped": trainer.skipped.tolist(),
         "evaluated": trainer.evaluated,
+        "attention": trainer.attention,
         "scores": trainer.scores,
         "scaler": trainer.scaler.state_dict(),
         "versions": versions(),
@@ -761,7 +772,7 @@ def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: li
         torch.cuda.set_rng_state(tensors["random.cuda"], world.device)
     if trainer.scaler.is_enabled() and state["scaler"]:
         trainer.scaler.load_state_dict(state["scaler"])
-    for name in ("step", "tokens", "position", "evaluated", "scores"):
+    for name in ("step", "tokens", "position", "evaluated", "attention", "scores"):
         setattr(trainer, name, state[name])
     skipped, in_a_row, _ = state["skipped"]
     trainer.skipped = torch.tensor([skipped, in_a_row, in_a_row], device=world.device)
@@ -880,6 +891,55 @@ class Clock:
         return seconds, rate, average * (trainer.config.max_steps - step)
 
 
+ATTENTION_KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+
+
+def attention_seconds(trainer: Trainer, kernel: str) -> float:
+    """How long torch's attention kernel takes for the shapes of a micro-batch, there and back; inf if it cannot."""
+    config, sizes, device = trainer.config, trainer.gpt.config, trainer.world.device
+    shape = (config.batch_size, sizes.n_head, config.block_size, sizes.n_embd // sizes.n_head)  # (B, H, T, D)
+    q, k, v = (torch.randn(shape, device=device, dtype=DTYPES[config.dtype], requires_grad=True) for _ in range(3))
+    seconds = []
+    try:
+        with sdpa_kernel(getattr(SDPBackend, kernel)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(5):
+                began = time.perf_counter()
+                F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+                float(q.grad[0, 0, 0, 0])  # waits for the device
+                seconds.append(time.perf_counter() - began)
+    except RuntimeError:
+        return math.inf
+    return min(seconds)
+
+
+@contextlib.contextmanager
+def fastest_attention(trainer: Trainer) -> Iterator[None]:
+    """Prefer the kernel that is fastest on the leader's GPU; a run that goes on keeps its own, to stay bit for bit."""
+    world, choices = trainer.world, list(ATTENTION_KERNELS)
+    if world.device.type != "cuda":
+        yield
+        return
+    if trainer.attention is None:
+        seconds = [attention_seconds(trainer, kernel) for kernel in choices] if world.leader else [0.0]
+        trainer.attention = choices[int(world.sum(torch.tensor(seconds.index(min(seconds)))))]
+    world.print(f"attention by {trainer.attention}, the fastest here when the run began")
+    choices.sort(key=lambda kernel: kernel != trainer.attention)  # the others for what it cannot, such as masks
+    with sdpa_kernel([getattr(SDPBackend, kernel) for kernel in choices], set_priority=True):
+        yield
+
+
+@contextlib.contextmanager
+def small_collections() -> Iterator[None]:
+    """Leave what is there now out of garbage collection: a pass over it in the midst of a step delays every process."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM, SIGINT and SIGUSR1 in a list, for the run to end after the step that is under way."""
@@ -973,6 +1033,8 @@ def train(config: TrainConfig) -> None:
             held.enter_context(locked(Path(config.out_dir), wait=False))
         trainer = start_or_resume(config, world, shards.identity)
         announce(trainer, shards)
+        held.enter_context(fastest_attention(trainer))
+        held.enter_context(small_collections())
         if trainer.step >= config.max_steps:
             return world.print(f"the run in {config.out_dir} is finished: {trainer.step} of {config.max_steps} steps")
         questions, log = load_hellaswag(config, world), open_log(trainer, shards)

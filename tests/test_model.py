@@ -14,7 +14,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import tokenizer
-from model import GPT, PRESETS, GPTConfig, draw
+from model import GPT, PRESETS, CrossEntropy, GPTConfig, draw
 
 SMALL = GPTConfig(block_size=32, vocab_size=211, n_layer=3, n_head=4, n_embd=32)
 
@@ -93,6 +93,34 @@ def test_targets_of_minus_100_do_not_count():
     _, masked = gpt(idx[:, :-1], targets)
     _, first = gpt(idx[:1, :-1], idx[:1, 1:])
     assert masked.item() == pytest.approx(first.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, CrossEntropy.ROWS, 3 * CrossEntropy.ROWS + 5])
+def test_the_loss_in_parts_and_its_gradient_are_cross_entropys(dtype, count):
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(count, 1000, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(1000, (count,), generator=generator)
+    targets[1::4] = -100
+    whole, parts = logits.float().detach().requires_grad_(), logits.detach().requires_grad_()
+    expected, loss = torch.nn.functional.cross_entropy(whole, targets), CrossEntropy.apply(parts, targets)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (1024 * expected).backward()  # as a GradScaler does
+    (1024 * loss).backward()
+    assert parts.grad.dtype == dtype
+    assert torch.allclose(parts.grad.float(), whole.grad, rtol=max(2 * torch.finfo(dtype).eps, 1e-5), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stream"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+)
+def test_the_residual_stream_is_bf16_under_bf16_autocast_alone(dtype, stream):
+    gpt, seen = small_gpt(), []
+    for block in gpt.transformer.h:
+        block.register_forward_hook(lambda module, given, made: seen.extend((given[0].dtype, made.dtype)))
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        gpt(tokens(1, 8))
+    assert set(seen) == {stream} and len(seen) == 6
 
 
 @pytest.mark.parametrize("vocab_size", [50257, 50304])

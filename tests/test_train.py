@@ -1,6 +1,7 @@
 """The loop computes what it says: the same batches, losses and updates however the work is divided or interrupted."""
 
 import functools
+import gc
 import json
 import math
 import resource
@@ -420,16 +421,81 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(config):
             assert train_gpt2.validation_loss(trainer, val) == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_a_compiled_run_computes_the_same(config, tmp_path):
+def losses_of_a_plain_loop(config):
+    """What `train` logs, by the definition: whole logits in fp32, AdamW without fusing, nothing compiled."""
+    config = train_gpt2.resolve(config, CPU)
+    shards = train_gpt2.open_shards(config, ALONE)
+    batches = Batches(shards.train, config.block_size, config.seed, config.shuffle)
+    torch.manual_seed(config.seed)
+    gpt, position, losses = GPT(replace(PRESETS["debug"], block_size=config.block_size)), 0, {}
+    groups = train_gpt2.make_optimizer(gpt, config).param_groups
+    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
+    for step in range(config.max_steps):
+        rows, position = batches.at(position, config.total_batch_size)
+        logits = gpt.lm_head(gpt.hidden(rows[:, :-1]))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[step + 1] = loss.item()
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("speed_ups", "tolerance"),
+    [
+        ({"dtype": "float32"}, 1e-4),
+        ({"dtype": "float32", "compile": True}, 1e-4),
+        ({"dtype": "bfloat16"}, 0.02),
+        ({"dtype": "bfloat16", "compile": True}, 0.02),
+    ],
+)
+def test_30_steps_with_the_speed_ups_have_the_losses_of_a_plain_loop(config, tmp_path, speed_ups, tolerance):
     compiler, headers = shutil.which("g++") or shutil.which("clang++"), Path(sysconfig.get_path("include"), "Python.h")
-    if not (compiler and headers.exists()):
+    if "compile" in speed_ups and not (compiler and headers.exists()):
         pytest.skip("on a CPU, torch.compile needs a C++ compiler and Python's headers")
-    train(replace(config, max_steps=4))
-    train(replace(config, max_steps=4, compile=True, out_dir="compiled"))
-    for key in ("loss", "val_loss"):
-        eager, compiled = records(tmp_path / "log", key), records(tmp_path / "compiled", key)
-        assert eager.keys() == compiled.keys()
-        assert all(compiled[step] == pytest.approx(eager[step], abs=1e-3) for step in eager)
+    config = replace(config, max_steps=30, eval_every=30)
+    plain = losses_of_a_plain_loop(config)
+    train(replace(config, **speed_ups))
+    fast = records(tmp_path / "log", "loss")
+    assert plain[30] < plain[1] - 2 and fast.keys() == plain.keys()
+    assert max(abs(fast[step] - plain[step]) for step in plain) < tolerance
+
+
+def test_a_gpus_attention_is_the_leaders_fastest_and_a_resumed_run_keeps_its_own(config, monkeypatch, capsys):
+    gpt = GPT(PRESETS["debug"])
+    trainer = train_gpt2.make_trainer(train_gpt2.resolve(config, CPU), ALONE, gpt)
+    able = {kernel: train_gpt2.attention_seconds(trainer, kernel) < math.inf for kernel in train_gpt2.ATTENTION_KERNELS}
+    assert able == {"FLASH_ATTENTION": True, "CUDNN_ATTENTION": False, "EFFICIENT_ATTENTION": False, "MATH": True}
+    x = torch.randint(50257, (2, 8))
+    trainer.world = World(0, 1, torch.device("cuda"))  # for the choice alone, which needs no GPU
+    seconds = {"FLASH_ATTENTION": 3.0, "CUDNN_ATTENTION": math.inf, "EFFICIENT_ATTENTION": 2.0, "MATH": 1.0}
+    monkeypatch.setattr(train_gpt2, "attention_seconds", lambda _, kernel: seconds[kernel])
+    with train_gpt2.fastest_attention(trainer):
+        assert trainer.attention == "MATH" and gpt(x)[0].shape == (2, 8, 50304)
+    seconds["FLASH_ATTENTION"] = 0.0
+    with train_gpt2.fastest_attention(trainer):
+        assert trainer.attention == "MATH"
+    assert capsys.readouterr().out.count("attention by MATH") == 2
+
+
+def test_garbage_collection_passes_over_what_was_there_before(config):
+    with train_gpt2.small_collections():
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
+
+
+def test_running_out_of_memory_names_the_flag(monkeypatch):
+    def run_out(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(train_gpt2, "train", run_out)
+    with pytest.raises(MemoryError, match="--batch_size .*20.00 GiB"):
+        train_gpt2.main([])
 
 
 def test_a_checkpoint_loads_in_transformers_and_says_the_same(config, tmp_path):
