@@ -175,7 +175,7 @@ def report(config: BenchmarkConfig, device: torch.device, default: str, found: d
     """Print a table of ratios, and all figures as one line of JSON."""
     dtype, flops = found[default]["dtype"], train_gpt2.flops_per_token(GPT(PRESETS[config.model]))
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    most = ceiling(device, train_gpt2.DTYPES[dtype]) * processes
+    most = ceiling(device, train_gpt2.DTYPES[dtype]) * (processes if device.type == "cuda" else 1)
     print(
         f"{processes} x {train_gpt2.device_name(device)}, {dtype}: a large matrix product has {most / 1e9:,.0f} GFLOP/s"
     )
