@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
 import threading
 import typing
@@ -129,8 +130,11 @@ def naming_remedy(flag: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:
+        lacking = re.search("out of memory|ALLOC_FAILED|can't allocate memory", str(error), re.IGNORECASE)
+        if lacking or type(error).__name__ == "OutOfMemoryError":
+            reason = next(
+                (line for line in str(error).splitlines() if lacking and lacking[0] in line), "no memory left"
+            )
             raise MemoryError(f"out of memory: try a smaller {flag} ({reason})") from None
         raise
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common import DataError, replacing, sha256, write_json
@@ -362,7 +363,8 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         kind = torch.promote_types(logits.dtype, torch.bfloat16)  # fp16 has no room for small probabilities
         counts, losses, gradients = targets != -100, torch.empty(len(targets)), torch.empty_like(logits, dtype=kind)
-        parts = (part.split(CrossEntropy.ROWS) for part in (logits, targets.clamp(min=0)[:, None], losses, gradients))
+        columns = (logits, targets.where(counts, 0)[:, None], losses, gradients)
+        parts = (column.split(CrossEntropy.ROWS) for column in columns)
         for some, wanted, loss, gradient in zip(*parts, strict=True):
             logs = some.float().log_softmax(dim=1)
             torch.neg(logs.gather(1, wanted)[:, 0], out=loss)
@@ -372,6 +374,7 @@ class CrossEntropy(torch.autograd.Function):
         return losses[counts].mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradients, counts = ctx.saved_tensors
         scales = counts[:, None] * (gradient / counts.sum())  # (N, 1)

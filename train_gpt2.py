@@ -216,6 +216,8 @@ def validate(config: TrainConfig, processes: int) -> None:
         raise UsageError(f"--initial_batch_size {config.initial_batch_size} is more than --total_batch_size")
     if (config.initial_batch_size < config.total_batch_size) != (config.batch_ramp_tokens > 0):
         raise UsageError("--initial_batch_size and --batch_ramp_tokens make the ramp together: give both or neither")
+    if config.compile_mode != "default" and not config.compile:
+        raise UsageError(f"--compile_mode {config.compile_mode} needs --compile")
     if max(config.beta1, config.beta2) >= 1:
         raise UsageError(f"--beta1 {config.beta1} and --beta2 {config.beta2} must be below 1")
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
@@ -273,10 +275,8 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-    elif (
-        size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1"
-    ):  # which torchrun sets, however many cores there are
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+    elif size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(fair_threads(int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
@@ -287,6 +287,12 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
     yield World(rank, size, device, local_rank)
     if size > 1:  # not after an error: the others may wait in a collective, and torchrun ends them
         dist.destroy_process_group()
+
+
+def fair_threads(processes: int) -> int:
+    """The threads of each process on this machine; torchrun sets one, however many processors there are."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # which not all systems have
+    return max(1, (len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1) // processes)
 
 
 def new_prefix(store: dist.Store, rank: int, size: int) -> str:
@@ -589,6 +595,7 @@ def evaluate(trainer: Trainer, log: plot.Log, shards: Shards, questions: list[he
             world.print(f"{step} | {sample.PROMPT + text!r}")
     if due(config.eval_every, trainer):
         log.draw()
+        gc.collect()
 
 
 def due(every: int, trainer: Trainer) -> bool:
@@ -772,8 +779,9 @@ def load_checkpoint(directory: Path, config: TrainConfig, world: World, data: li
         torch.cuda.set_rng_state(tensors["random.cuda"], world.device)
     if trainer.scaler.is_enabled() and state["scaler"]:
         trainer.scaler.load_state_dict(state["scaler"])
-    for name in ("step", "tokens", "position", "evaluated", "attention", "scores"):
+    for name in ("step", "tokens", "position", "evaluated", "scores"):
         setattr(trainer, name, state[name])
+    trainer.attention = state.get("attention")
     skipped, in_a_row, _ = state["skipped"]
     trainer.skipped = torch.tensor([skipped, in_a_row, in_a_row], device=world.device)
     return trainer
@@ -895,18 +903,18 @@ ATTENTION_KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"
 
 
 def attention_seconds(trainer: Trainer, kernel: str) -> float:
-    """How long torch's attention kernel takes for the shapes of a micro-batch, there and back; inf if it cannot."""
-    config, sizes, device = trainer.config, trainer.gpt.config, trainer.world.device
-    shape = (config.batch_size, sizes.n_head, config.block_size, sizes.n_embd // sizes.n_head)  # (B, H, T, D)
-    q, k, v = (torch.randn(shape, device=device, dtype=DTYPES[config.dtype], requires_grad=True) for _ in range(3))
-    seconds = []
+    """How long torch's attention kernel takes for a micro-batch as the model lays it out; inf where it cannot."""
+    config, sizes, seconds = trainer.config, trainer.gpt.config, []
+    shape = (config.batch_size, config.block_size, 3, sizes.n_head, sizes.n_embd // sizes.n_head)  # (B, T, 3, H, D)
+    qkv = torch.randn(shape, device=trainer.world.device, dtype=DTYPES[config.dtype], requires_grad=True)
     try:
         with sdpa_kernel(getattr(SDPBackend, kernel)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for _ in range(5):
                 began = time.perf_counter()
-                F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
-                float(q.grad[0, 0, 0, 0])  # waits for the device
+                y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)  # (B, H, T, D)
+                y.transpose(1, 2).reshape(*shape[:2], -1).square().sum().backward()
+                float(qkv.grad[0, 0, 0, 0, 0])  # waits for the device
                 seconds.append(time.perf_counter() - began)
     except RuntimeError:
         return math.inf
@@ -915,7 +923,7 @@ def attention_seconds(trainer: Trainer, kernel: str) -> float:
 
 @contextlib.contextmanager
 def fastest_attention(trainer: Trainer) -> Iterator[None]:
-    """Prefer the kernel that is fastest on the leader's GPU; a run that goes on keeps its own, to stay bit for bit."""
+    """Prefer the kernel that is fastest on the leader's GPU; a run that goes on prefers the one it began with."""
     world, choices = trainer.world, list(ATTENTION_KERNELS)
     if world.device.type != "cuda":
         yield
@@ -923,21 +931,22 @@ def fastest_attention(trainer: Trainer) -> Iterator[None]:
     if trainer.attention is None:
         seconds = [attention_seconds(trainer, kernel) for kernel in choices] if world.leader else [0.0]
         trainer.attention = choices[int(world.sum(torch.tensor(seconds.index(min(seconds)))))]
-    world.print(f"attention by {trainer.attention}, the fastest here when the run began")
+        torch.cuda.empty_cache()
+    world.print(f"attention by {trainer.attention}, the fastest where the run began")
     choices.sort(key=lambda kernel: kernel != trainer.attention)  # the others for what it cannot, such as masks
+    torch._functorch.config.enable_autograd_cache = False  # it would take what was compiled with another kernel
     with sdpa_kernel([getattr(SDPBackend, kernel) for kernel in choices], set_priority=True):
         yield
 
 
 @contextlib.contextmanager
-def small_collections() -> Iterator[None]:
-    """Leave what is there now out of garbage collection: a pass over it in the midst of a step delays every process."""
-    gc.collect()
-    gc.freeze()
+def no_collections() -> Iterator[None]:
+    """Keep garbage collection, which would delay every process, out of steps; `evaluate` and `save` see to it."""
+    gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        gc.enable()
 
 
 @contextlib.contextmanager
@@ -1003,6 +1012,7 @@ def open_log(trainer: Trainer, shards: Shards) -> plot.Log:
 
 def save(trainer: Trainer, log: plot.Log, shards: Shards, last: bool) -> None:
     """Save a checkpoint; a disk that does not take it ends the run only where there is no later one to come."""
+    gc.collect()
     if not trainer.world.leader:
         return
     try:
@@ -1034,7 +1044,7 @@ def train(config: TrainConfig) -> None:
         trainer = start_or_resume(config, world, shards.identity)
         announce(trainer, shards)
         held.enter_context(fastest_attention(trainer))
-        held.enter_context(small_collections())
+        held.enter_context(no_collections())
         if trainer.step >= config.max_steps:
             return world.print(f"the run in {config.out_dir} is finished: {trainer.step} of {config.max_steps} steps")
         questions, log = load_hellaswag(config, world), open_log(trainer, shards)

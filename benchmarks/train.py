@@ -19,6 +19,7 @@ import sys
 
 sys.path[:1] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -70,8 +71,12 @@ def train_config(config: BenchmarkConfig, device: torch.device, processes: int, 
     return settings
 
 
-def this_program(settings: TrainConfig, world: World) -> Step:
+def this_program(settings: TrainConfig, world: World, held: contextlib.ExitStack) -> Step:
     trainer = train_gpt2.make_trainer(settings, world, GPT(PRESETS[settings.model]))
+    held.enter_context(train_gpt2.fastest_attention(trainer))
+    held.enter_context(train_gpt2.no_collections())
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
     return lambda rows: train_gpt2.training_step(trainer, rows)[0]
 
 
@@ -80,8 +85,9 @@ def plain_loop(settings: TrainConfig, world: World) -> Step:
     import transformers
 
     sizes = PRESETS[settings.model]
+    without_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)  # as in this program
     shape = {"n_positions": sizes.block_size, "n_embd": sizes.n_embd, "n_layer": sizes.n_layer, "n_head": sizes.n_head}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).to(world.device)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **without_dropout)).to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.max_lr, fused=settings.compile or None)
     if settings.compile:
         model = torch.compile(model, mode=settings.compile_mode)
@@ -114,9 +120,11 @@ def median_seconds(action: Callable[[], object], times: int, warmup: int) -> flo
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product: the most that a model of matrix products could reach."""
-    n = 4096 if device.type == "cpu" else 8192
+    torch.set_num_threads(train_gpt2.fair_threads(1))  # torchrun leaves one
+    n, products = (4096, 1) if device.type == "cpu" else (8192, 20)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / median_seconds(lambda: (a @ b)[0, 0].item(), times=10, warmup=3)
+    seconds = median_seconds(lambda: [a @ b for _ in range(products)][-1][0, 0].item(), times=10, warmup=3)
+    return products * 2 * n**3 / seconds
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -130,13 +138,13 @@ def peak_memory(device: torch.device) -> int | None:
 
 def measure(config: BenchmarkConfig, way: str) -> None:
     """Time one way of training, in all processes; the first prints its figures as a line of JSON."""
-    with train_gpt2.start_processes(config.device, timeout=600) as world:
+    with train_gpt2.start_processes(config.device, timeout=600) as world, contextlib.ExitStack() as held:
         settings = train_config(config, world.device, world.size, compiled=way.endswith("compiled"))
         torch.manual_seed(0)
         if way.startswith("transformers"):
             step = plain_loop(settings, world)
         else:
-            step = this_program(settings, world)
+            step = this_program(settings, world, held)
         rows = torch.randint(N_TOKENS, (settings.total_batch_size // settings.block_size, settings.block_size + 1))
         seconds = median_seconds(lambda: step(rows).item(), config.steps, config.warmup)
         if config.profile:

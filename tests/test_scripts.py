@@ -232,6 +232,31 @@ def test_two_runs_may_build_the_sample_at_once(tmp_path):
     assert sum("waiting for another process" in output for output, _ in said) <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU, torch.compile needs a C++ compiler")
+def test_two_compiled_processes_give_the_losses_of_one_eager(make_shards, tmp_path):
+    make_shards()
+    assert run_script("train_gpt2.py", *TINY_RUN, "--out_dir", "eager").returncode == 0
+    finished = run_script("train_gpt2.py", *TINY_RUN, "--compile", processes=2, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    eager, compiled = losses(tmp_path / "eager"), losses(tmp_path / "log")
+    assert eager and all(compiled[step] == pytest.approx(eager[step], abs=1e-3) for step in eager)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU, torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("processes", [0, 2])
+def test_the_training_benchmark_ends_in_the_figures_of_each_way(processes):
+    flags = ["--model", "debug", "--batch_size", "1", "--steps", "1", "--warmup", "1", "--device", "cpu"]
+    finished = run_script("benchmarks/train.py", *flags, processes=processes, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    figures = json.loads(finished.stdout.splitlines()[-1])
+    ways = {"transformers", "transformers_compiled", "eager", "compiled", "default"}
+    assert figures["device"] == "cpu" and figures["ceiling_flops_per_second"] > 0
+    for key in ("tokens_per_second", "peak_memory_bytes"):
+        assert figures[key].keys() == ways and min(figures[key].values()) > 0
+
+
 def test_a_mistake_under_torchrun_is_said_once(make_shards):
     make_shards()
     finished = run_script("train_gpt2.py", *TINY_RUN, "--batch_size", "3", processes=2)
