@@ -162,13 +162,13 @@ def choose_model(config: TrainConfig, device: torch.device) -> tuple[str, GPTCon
 
 
 def sizes_to_train(config: TrainConfig) -> GPTConfig:
-    """The sizes of --init_from, or of what was made from it; a run can be resumed where its source is gone."""
-    sources, problem = [config.init_from, *checkpoints(Path(config.out_dir)).values()], None
+    """The sizes of what was made from --init_from, which may be gone when a run is resumed, or its own."""
+    sources, problem = [*checkpoints(Path(config.out_dir)).values(), config.init_from], None
     for source in sources:
         try:
             return read_config(find_file(source, "config.json"))
         except DataError as error:
-            problem = problem or error
+            problem = error
     raise problem
 
 

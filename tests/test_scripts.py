@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -265,18 +266,26 @@ def test_a_mistake_under_torchrun_is_said_once(make_shards):
     assert "2 process(es)" in finished.stderr and "UsageError" not in finished.stderr
 
 
-def test_a_checkpoint_can_be_sampled_scored_and_drawn(make_shards, tmp_path):
+def test_an_empty_standard_input_is_no_prompt(monkeypatch):
+    monkeypatch.setattr(sample, "is_piped", lambda: True)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(ValueError, match="standard input is empty"):
+        sample.read_prompt(sample.SampleConfig(checkpoint=""))
+
+
+def test_a_checkpoint_can_be_sampled_scored_and_drawn(inside, make_shards, tmp_path, capsys):
     make_shards()
+    capsys.readouterr()
     assert run_script("train_gpt2.py", *TINY_RUN, "--out_dir", "log").returncode == 0
     checkpoint = tmp_path / "log" / "step_000004"
     flags = ["--checkpoint", checkpoint, "--num_samples", "2", "--max_new_tokens", "5", "--device", "cpu"]
-    first, second = (run_script("sample.py", *flags, "--prompt", "The cat") for _ in range(2))
-    assert first.returncode == 0 and first.stdout.count("The cat") == 2 and first.stdout == second.stdout
-    assert run_script("sample.py", *flags, "--prompt", "The cat", "--seed", "1").stdout != first.stdout
+    first = run_script("sample.py", *flags, "--prompt", "The cat")
+    assert first.returncode == 0 and first.stdout.count("The cat") == 2
+    assert run_script("sample.py", *flags, input="The cat\n").stdout == first.stdout  # from standard input
     (tmp_path / "prompt.txt").write_text("The cat\n")
-    assert run_script("sample.py", *flags, "--file", "prompt.txt").stdout == first.stdout
-    assert run_script("sample.py", *flags, input="The cat\n").stdout == first.stdout  # standard input
-    assert run_script("sample.py", *flags, input="").returncode == 2
+    for seed, same in ((42, True), (43, False)):
+        _, said, _ = inside("sample.py", *flags, "--file", "prompt.txt", "--seed", seed)
+        assert (said == first.stdout) == same
     example = {"ctx": "A man sits. he", "endings": ["is wet.", "sings.", "is.", "runs away."], "label": 1}
     example |= {"ctx_a": "A man sits.", "ctx_b": "he", "activity_label": "Sitting"}
     (tmp_path / "examples.jsonl").write_text(json.dumps(example) + "\n")
