@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -124,6 +125,20 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let glibc, where it is the C library, keep freed memory for the next tensors.
+
+    By default it gives large blocks back to the system, which has to clear each page that is asked for again.
+    """
+    c_library = ctypes.CDLL(None)
+    if hasattr(c_library, "mallopt"):
+        c_library.mallopt(M_MMAP_MAX, 0)  # no blocks of their own, which are given back one by one
+        c_library.mallopt(M_TRIM_THRESHOLD, -1)  # never give back the heap's end
+
+
 @contextlib.contextmanager
 def naming_remedy(flag: str) -> Iterator[None]:
     """Turn torch's errors for a lack of memory into a MemoryError that names the flag to lower."""
@@ -150,8 +165,6 @@ def run(main: Callable[[], object]) -> typing.NoReturn:
 
     Where torchrun started several processes, a wrong flag is the same for all, so the first of a machine says it.
     """
-    # torch reads this at its first allocation; with huge pages on a CPU, logits cost far fewer page faults
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end a run
     rank, first = os.environ.get("RANK"), os.environ.get("LOCAL_RANK", "0") == "0"

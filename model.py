@@ -185,15 +185,16 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, V) for token ids (B, T), and with targets (B, T) their mean cross-entropy in nats.
 
-        Targets of -100 are left out of the mean. Raises ValueError for more than block_size tokens or, on the CPU,
-        for an id outside the vocabulary.
+        Targets of -100 are left out of the mean. With targets, gradients flow from the loss alone. Raises ValueError
+        for more than block_size tokens or, on the CPU, for an id outside the vocabulary.
         """
         logits = self.lm_head(self.hidden(idx))  # (B, T, V)
         if targets is None:
             return logits, None
         in_parts = logits.is_cpu and not torch.compiler.is_compiling()
         cross_entropy = CrossEntropy.apply if in_parts else F.cross_entropy
-        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits.detach(), loss  # else a compiled backward pass would begin with zeros for a gradient of theirs
 
     @torch.no_grad()
     def stream(
@@ -353,8 +354,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 class CrossEntropy(torch.autograd.Function):
     """F.cross_entropy on a CPU, for logits (N, V) of any float type: in fp32, of a few rows at a time.
 
-    Whole, the logits in fp32, their log-softmax and its gradient would go through memory several times, which takes
-    about as long as the matrix products; a few rows stay in the processor's cache, for both passes at once.
+    Whole, the logits in fp32, their log-softmax and its gradient would go through memory several times; a few rows stay
+    in the processor's cache, for both passes at once.
     """
 
     ROWS = 16
@@ -366,10 +367,12 @@ class CrossEntropy(torch.autograd.Function):
         columns = (logits, targets.where(counts, 0)[:, None], losses, gradients)
         parts = (column.split(CrossEntropy.ROWS) for column in columns)
         for some, wanted, loss, gradient in zip(*parts, strict=True):
-            logs = some.float().log_softmax(dim=1)
-            torch.neg(logs.gather(1, wanted)[:, 0], out=loss)
+            some = some.float()
+            probabilities = some.softmax(dim=1)
+            # the sum of exponentials is 1 / the largest probability, so that they need not be computed twice
+            loss.copy_(some.amax(dim=1) - some.gather(1, wanted)[:, 0] - probabilities.amax(dim=1).log())
             if ctx.needs_input_grad[0]:
-                gradient.copy_(logs.exp_().scatter_add_(1, wanted, torch.full(wanted.shape, -1.0)))
+                gradient.copy_(probabilities.scatter_add_(1, wanted, torch.full(wanted.shape, -1.0)))
         ctx.save_for_backward(gradients, counts)
         return losses[counts].mean()
 

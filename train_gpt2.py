@@ -50,6 +50,7 @@ from common import (
     choose_device,
     flag,
     flush,
+    keep_freed_memory,
     locked,
     naming_remedy,
     parse_flags,
@@ -486,6 +487,8 @@ class Trainer:
 
 def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     """Put the network on the device, and wrap it for speed and for several processes."""
+    if world.device.type == "cpu":
+        keep_freed_memory()
     gpt = gpt.to(world.device)
     model = torch.compile(gpt, fullgraph=True, dynamic=False, mode=config.compile_mode) if config.compile else gpt
     if world.size > 1:

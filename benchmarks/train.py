@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
-from common import DataError, Flags, choose_device, flag, naming_remedy, parse_flags, run
+from common import DataError, Flags, choose_device, flag, keep_freed_memory, naming_remedy, parse_flags, run
 from model import GPT, PRESETS
 from tokenizer import N_TOKENS
 from train_gpt2 import TrainConfig, World
@@ -121,6 +121,7 @@ def median_seconds(action: Callable[[], object], times: int, warmup: int) -> flo
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product: the most that a model of matrix products could reach."""
     torch.set_num_threads(train_gpt2.fair_threads(1))  # torchrun leaves one
+    keep_freed_memory()
     n, products = (4096, 1) if device.type == "cpu" else (8192, 20)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     seconds = median_seconds(lambda: [a @ b for _ in range(products)][-1][0, 0].item(), times=10, warmup=3)

@@ -95,6 +95,13 @@ def test_targets_of_minus_100_do_not_count():
     assert masked.item() == pytest.approx(first.item(), abs=1e-6)
 
 
+def test_gradients_flow_from_the_loss_alone_where_there_are_targets():
+    gpt, idx = small_gpt(), tokens(2, 9)
+    logits, loss = gpt(idx[:, :-1], idx[:, 1:])
+    assert loss.requires_grad and not logits.requires_grad
+    assert gpt(idx)[0].requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, CrossEntropy.ROWS, 3 * CrossEntropy.ROWS + 5])
 def test_the_loss_in_parts_and_its_gradient_are_cross_entropys(dtype, count):

@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import math
+import platform
 import resource
 import shutil
 import sysconfig
@@ -508,6 +509,18 @@ def test_no_garbage_is_collected_within_a_step_and_all_is_at_an_evaluation(confi
     monkeypatch.setattr(train_gpt2.gc, "collect", lambda: collected.append(len(enabled)))
     train(config)
     assert enabled == [False] * 8 and {0, 4, 8} <= {*collected} and gc.isenabled()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such settings")
+def test_the_memory_of_a_step_on_a_cpu_is_kept_for_the_next(config):
+    config = train_gpt2.resolve(replace(config, batch_size=16, total_batch_size=512), CPU)
+    trainer = train_gpt2.make_trainer(config, ALONE, GPT(PRESETS["debug"]))
+    rows, faults = torch.randint(50257, (16, 33)), [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+    for _ in range(8):
+        train_gpt2.training_step(trainer, rows)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    pages_of_logits = 512 * 50304 * 2 / resource.getpagesize()
+    assert faults[-1] - faults[-4] < pages_of_logits / 10  # in three steps
 
 
 @pytest.mark.parametrize(
