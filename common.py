@@ -131,7 +131,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def keep_freed_memory() -> None:
     """Let glibc, where it is the C library, keep freed memory for the next tensors.
 
-    By default it gives large blocks back to the system, which has to clear each page that is asked for again.
+    By default it gives large blocks back to the system, which has to clear each page that is asked for again. This
+    cannot be undone: until it ends, the process holds the most memory that it needed at once.
     """
     c_library = ctypes.CDLL(None)
     if hasattr(c_library, "mallopt"):

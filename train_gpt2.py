@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -573,6 +574,24 @@ def load_hellaswag(config: TrainConfig, world: World) -> list[hellaswag.Question
     return hellaswag.load(hellaswag.FILE, slice(world.rank, None, world.size))
 
 
+def hellaswag_scores(trainer: Trainer, questions: list[hellaswag.Question]) -> dict[str, float]:
+    """The accuracies by their names, over the questions of all processes."""
+    world = trainer.world
+    with trainer.autocast():
+        correct = world.sum(hellaswag.count_correct(trainer.gpt, questions, progress=world.leader))
+    count = int(world.sum(torch.tensor(len(questions))))
+    return {f"hellaswag_{name}": value for name, value in hellaswag.accuracies(correct, count).items()}
+
+
+def print_samples(trainer: Trainer) -> None:
+    """A few texts by the model as it is now."""
+    wanted = sample.SampleConfig(checkpoint=trainer.config.out_dir, max_new_tokens=32, seed=trainer.config.seed)
+    for number in range(wanted.num_samples):
+        with trainer.autocast():
+            text = "".join(sample.continuation(trainer.gpt, wanted, sample.PROMPT, number))
+        trainer.world.print(f"step {trainer.step:5d} | {sample.PROMPT + text!r}")
+
+
 def evaluate(trainer: Trainer, log: plot.Log, shards: Shards, questions: list[hellaswag.Question] | None) -> None:
     """Whatever is due at this step: validation loss, HellaSwag, samples, the picture."""
     config, world, step = trainer.config, trainer.world, f"step {trainer.step:5d}"
@@ -581,21 +600,15 @@ def evaluate(trainer: Trainer, log: plot.Log, shards: Shards, questions: list[he
         loss, unigram = validation_loss(trainer, shards.val), format_or_na(shards.unigram_loss, ".4f")
         log.write(f"{step} | validation loss {loss:.4f} (unigram {unigram})", step=trainer.step, val_loss=loss)
         trainer.scores["validation loss"] = trainer.step, loss
-    if questions is not None and due(config.hellaswag_every, trainer):
-        with trainer.autocast():
-            correct = world.sum(hellaswag.count_correct(trainer.gpt, questions, progress=world.leader))
-        count = int(world.sum(torch.tensor(len(questions))))
-        found = {f"hellaswag_{name}": value for name, value in hellaswag.accuracies(correct, count).items()}
-        log.write(
-            " | ".join([step, *(f"{name} {value:.4f}" for name, value in found.items())]), step=trainer.step, **found
-        )
-        trainer.scores |= {name: (trainer.step, value) for name, value in found.items()}
-    if world.leader and due(config.sample_every, trainer):
-        wanted = sample.SampleConfig(checkpoint=config.out_dir, max_new_tokens=32, seed=config.seed)
-        for number in range(wanted.num_samples):
-            with trainer.autocast():
-                text = "".join(sample.continuation(trainer.gpt, wanted, sample.PROMPT, number))
-            world.print(f"{step} | {sample.PROMPT + text!r}")
+    # of many shapes, for each of which cuDNN's kernel would have to be prepared
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        if questions is not None and due(config.hellaswag_every, trainer):
+            found = hellaswag_scores(trainer, questions)
+            shown = " | ".join(f"{name} {value:.4f}" for name, value in found.items())
+            log.write(f"{step} | {shown}", step=trainer.step, **found)
+            trainer.scores |= {name: (trainer.step, value) for name, value in found.items()}
+        if world.leader and due(config.sample_every, trainer):
+            print_samples(trainer)
     if due(config.eval_every, trainer):
         log.draw()
         gc.collect()

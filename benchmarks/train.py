@@ -9,7 +9,8 @@ transformers_compiled: the same with torch.compile and fused AdamW
 eager, compiled: this program without and with --compile
 default: this program as it trains by default on the device
 
-Each runs in processes of its own. The ceiling is the measured rate of a large matrix product in the same type.
+Each runs in processes of its own, without data to read or a log to write. The ceiling is the measured rate of a large
+matrix product in the same type.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ sys.path[:1] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 import contextlib
 import json
+import math
 import statistics
 import subprocess
 import time
@@ -170,11 +172,12 @@ def show_profile(step: Callable[[], object], world: World) -> None:
 
 
 def in_processes_of_its_own(way: str, argv: list[str]) -> dict[str, float]:
-    """What `measure` prints; what comes before its line is printed again. Memory and compilers begin anew."""
+    """What `measure` prints, or nothing if it fails; what comes before its line is printed again."""
     command = [sys.executable, __file__, *argv, "--only", way]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if finished.returncode:
-        raise DataError(f"{way} failed with status {finished.returncode}")
+        print(f"{way} failed with status {finished.returncode}")
+        return {}
     *text, last = finished.stdout.splitlines() or ["{}"]
     print(*text, sep="\n", end="\n" if text else "")
     return json.loads(last)
@@ -182,6 +185,8 @@ def in_processes_of_its_own(way: str, argv: list[str]) -> dict[str, float]:
 
 def report(config: BenchmarkConfig, device: torch.device, default: str, found: dict[str, dict]) -> None:
     """Print a table of ratios, and all figures as one line of JSON."""
+    if not found[default]:
+        raise DataError("without this program's default there is nothing to compare")
     dtype, flops = found[default]["dtype"], train_gpt2.flops_per_token(GPT(PRESETS[config.model]))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     most = ceiling(device, train_gpt2.DTYPES[dtype]) * (processes if device.type == "cuda" else 1)
@@ -190,9 +195,11 @@ def report(config: BenchmarkConfig, device: torch.device, default: str, found: d
     )
     rows = {"default" if way == default == "compiled" else way: figures for way, figures in found.items()}
     rows["default"] = found[default]
-    figures = {key: {way: row[key] for way, row in rows.items()} for key in ("tokens_per_second", "peak_memory_bytes")}
-    for way, rate in figures["tokens_per_second"].items():
-        ratio = rate / rows["transformers"]["tokens_per_second"]
+    keys = ("tokens_per_second", "peak_memory_bytes")
+    figures = {key: {way: row.get(key) for way, row in rows.items()} for key in keys}
+    rates = {way: rate for way, rate in figures["tokens_per_second"].items() if rate}
+    for way, rate in rates.items():
+        ratio = rate / rates.get("transformers", math.nan)
         print(f"{way:22} {rate:10,.0f} tokens/s, {rate * flops / most:6.1%} of that, {ratio:5.2f} times transformers")
     settings = {"device": train_gpt2.device_name(device), "torch": torch.__version__, "model": config.model}
     print(json.dumps(settings | {"ceiling_flops_per_second": most, "flops_per_token": flops} | figures))

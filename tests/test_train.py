@@ -519,8 +519,7 @@ def test_the_memory_of_a_step_on_a_cpu_is_kept_for_the_next(config):
     for _ in range(8):
         train_gpt2.training_step(trainer, rows)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    pages_of_logits = 512 * 50304 * 2 / resource.getpagesize()
-    assert faults[-1] - faults[-4] < pages_of_logits / 10  # in three steps
+    assert min(np.diff(faults)) < 20  # with huge pages too, the logits alone would have more
 
 
 @pytest.mark.parametrize(
