@@ -13,7 +13,7 @@ PYTHON ?= python3
 
 demo: .venv/demo
 	.venv/bin/python train_gpt2.py --model debug --data_dir sample_shards --out_dir demo --resume
-	.venv/bin/python sample.py --checkpoint "$$(ls -d demo/step_?????? | tail -n 1)" --prompt "Hello, I'm a language model,"
+	.venv/bin/python sample.py --checkpoint demo --prompt "Hello, I'm a language model,"
 
 test: .venv/test
 	.venv/bin/python -m pytest -q -m "not slow"

@@ -1,266 +1,255 @@
 """Model to accuracy: HellaSwag (Zellers et al., 2019), where a model picks the likeliest of four endings.
 
-    python hellaswag.py --model log/step_019073
-
 Two scorings, each with two figures: `acc` picks the ending whose tokens have the least total loss, `acc_norm` the one
-with the least loss for its length.
-
-nanogpt, as build-nanogpt does: the context as it is, the endings encoded apart; length in tokens.
-lm_eval, as EleutherAI's lm-evaluation-harness does (task hellaswag, version 1.0): the activity before the context, both
-    texts cleaned, and encoded together; length in characters.
+with the least loss for its length. `nanogpt` is build-nanogpt's: the context as it is, the endings encoded by
+themselves, length in tokens. `lm_eval` is that of EleutherAI's lm-evaluation-harness (task hellaswag, version 1.0): the
+activity before the context, both texts cleaned and encoded together, length in characters.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-import shutil
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from common import (
-    DataError,
-    Flags,
-    UsageError,
-    choose_device,
-    flag,
-    locked,
-    naming_remedy,
-    parse_flags,
-    progress_bar,
-    replacing,
-    required,
-    run,
-    sha256,
-)
-from model import GPT, SOURCES
-from tokenizer import encode
+from common import script
+from common.checkpoint import locate
+from common.files import atomic_write, lock, sha256
+from common.huggingface import load_gpt, require_gpt2_vocabulary
+from common.script import DataError, Positive, UsageError
+from common.tokenizer import encode
+from model import GPT
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/a29ff8e9a04bba4bd6588223785ce105328adc57/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 FILE = Path("hellaswag_val.jsonl")
 SCORINGS = ("nanogpt", "lm_eval")
 ENDINGS = 4
-BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class HellaswagConfig(Flags):
-    model: str = flag(required, SOURCES)
-    data: str | None = flag(None, f"file of examples (default: {FILE}, downloaded if it is not there)")
-    limit: int | None = flag(None, "score only this many examples from the start (default: all)", least=1)
-    batch_tokens: int = flag(BATCH_TOKENS, "tokens in a batch, at most, or one question; lower it for memory", least=1)
-    device: str = flag("auto", "auto, cpu, mps, cuda or cuda:N")
-
-
-class Question(NamedTuple):
-    """An example as one of the scorings puts it: tokens, the endings' lengths, and which ending is right."""
-
-    scoring: int
-    context: list[int]
-    endings: list[list[int]]
-    lengths: list[int]
-    label: int
+class HellaswagConfig:
+    checkpoint: str = "log"
+    """checkpoint, a run's directory (its newest checkpoint), or model on the Hugging Face Hub, as gpt2 or gpt2-xl"""
+    data: str | None = None
+    """file of examples; None: hellaswag_val.jsonl, downloaded if it is not there"""
+    limit: Positive[int | None] = None
+    """score only this many examples from the start; None: all"""
+    batch_tokens: Positive[int] = 8192
+    """tokens in a batch, at most, or one question; lower it for memory"""
+    device: str = "auto"
+    """auto, cpu, mps, cuda or cuda:N"""
 
 
 def download(path: Path = FILE) -> Path:
     """Fetch the official validation set unless it is there; raises DataError where that fails."""
     try:
-        with locked(path.absolute().parent):  # another process may be fetching it
+        with lock(path.absolute().with_name(f"{path.name}.lock")):
             if not path.exists():
                 fetch(path)
     except (OSError, HTTPException) as error:
         raise DataError(f"cannot download {URL} ({error}): give a local copy with --data FILE") from None
     if sha256(path) != SHA256:
-        raise DataError(f"{path} is not the official file (sha256): delete it, or give it with --data")
+        raise DataError(f"{path} is not the official file (SHA-256 mismatch): delete it, or give it with --data")
     return path
 
 
 def fetch(path: Path) -> None:
-    """Download the file; raises OSError or HTTPException, and leaves nothing, where it does not come whole."""
-    with replacing(path) as temporary, urllib.request.urlopen(URL, timeout=30) as response:
-        with open(temporary, "wb") as file:
-            shutil.copyfileobj(response, file)
+    """Download the file, or raise OSError or HTTPException and leave nothing."""
+    with atomic_write(path) as temporary, urllib.request.urlopen(URL, timeout=30) as response:
+        temporary.write_bytes(response.read())
         if sha256(temporary) != SHA256:
-            raise OSError("its sha256 is not the expected one")
+            raise OSError("SHA-256 mismatch")
+
+
+@dataclass(frozen=True)
+class Question:
+    """An example as one of the scorings asks it."""
+
+    scoring: str
+    context: list[int]
+    endings: list[list[int]]
+    lengths: list[int]  # which acc_norm divides by
+    label: int  # the index of the right ending
 
 
 def load(path: Path, share: slice = slice(None)) -> list[Question]:
-    """Read and encode a share of a .jsonl file's examples, two questions each."""
+    """The questions of a share of a .jsonl file's examples; raises DataError for a line that is not an example."""
+    questions = []
     with open(path, "rb") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        chosen = itertools.islice(lines, share.start, share.stop, share.step)
-        questions = [q for number, line in chosen for q in read_example(line, f"{path}, line {number}")]
+        for number, line in islice(lines, share.start, share.stop, share.step):
+            try:
+                questions += read_example(line)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}, is not a HellaSwag example: {error!r}") from None
     if not questions and not share.start:
-        raise DataError(f"{path} holds no examples")
+        raise DataError(f"{path} has no examples")
     return questions
 
 
-def read_example(line: bytes, place: str) -> list[Question]:
-    """Encode one example for both scorings; raises DataError where it is not one."""
-    try:
-        row = json.loads(line)
-        endings, label = row["endings"], int(row["label"])
-        if not (row["ctx"] and isinstance(endings, list) and len(endings) == ENDINGS and label in range(ENDINGS)):
-            raise ValueError("it needs a context, four endings, and a label from 0 to 3")
-        apart = [encode(" " + ending) for ending in endings]
-        nanogpt = Question(0, encode(row["ctx"]), apart, [len(tokens) for tokens in apart], label)
-        context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-        cleaned = [clean(ending) for ending in endings]
-        together = [encode(f"{context} {ending}") for ending in cleaned]
-        start = encode(context.rstrip())  # spaces at its end become the ending's
-        split = [tokens[len(start) :] for tokens in together]
-        return [nanogpt, Question(1, start, split, [len(ending) for ending in cleaned], label)]
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise DataError(f"{place}, is not a HellaSwag example: {error}") from None
+def read_example(line: bytes) -> list[Question]:
+    """One question for each scoring; raises ValueError or the like for a line that is not an example."""
+    example = json.loads(line)
+    endings, label = example["endings"], str(example["label"])
+    if not isinstance(endings, list) or len(endings) != ENDINGS or label not in ("0", "1", "2", "3"):
+        raise ValueError(f"it needs {ENDINGS} endings and a label from 0 to {ENDINGS - 1}")
+    questions = [nanogpt_question(example), lm_eval_question(example)]
+    if not all(question.context for question in questions):
+        raise ValueError("its context is empty")
+    return questions
+
+
+def nanogpt_question(example: dict) -> Question:
+    endings = [encode(" " + ending) for ending in example["endings"]]
+    lengths = [len(ending) for ending in endings]
+    return Question("nanogpt", encode(example["ctx"]), endings, lengths, int(example["label"]))
+
+
+def lm_eval_question(example: dict) -> Question:
+    context = clean(example["activity_label"] + ": " + example["ctx_a"] + " " + example["ctx_b"].capitalize())
+    texts = [clean(ending) for ending in example["endings"]]
+    tokens = encode(context.rstrip())  # spaces at its end become the endings'
+    endings = [encode(f"{context} {text}")[len(tokens) :] for text in texts]
+    return Question("lm_eval", tokens, endings, [len(text) for text in texts], int(example["label"]))
 
 
 def clean(text: str) -> str:
-    """Take out what WikiHow's pages left in the texts, by the harness's rules, in its order."""
+    """Remove the markup of WikiHow's pages by the harness's rules, in its order."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
-class Row(NamedTuple):
-    """A context and endings of it, which are read together: each ending sees the context and itself."""
+def pack(context: list[int], endings: list[list[int]], first: int) -> Tensor:
+    """Pack a context and its endings, numbered from `first`, into a row (3, T) of tokens, segments and targets.
 
-    context: list[int]
-    endings: list[list[int]]
+    Context a b c with endings d e (number 1) and f g h (number 2):
 
-    def width(self) -> int:
-        """How many tokens are read: the last one of an ending is only predicted."""
-        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
-
-    def layout(self) -> tuple[list[int], list[int], list[int]]:
-        """The tokens to read, their positions, and whose they are: 0 the context's, 1 the first ending's ..."""
-        tokens, positions, parts = [*self.context], [*range(len(self.context))], [0] * len(self.context)
-        for number, ending in enumerate(self.endings, 1):
-            tokens += ending[:-1]
-            positions += range(len(self.context), len(self.context) + len(ending) - 1)
-            parts += [number] * (len(ending) - 1)
-        return tokens, positions, parts
-
-    def predictors(self) -> Iterator[int]:
-        """The places in the row after which the tokens of the endings come."""
-        start = len(self.context)
-        for ending in self.endings:
-            yield len(self.context) - 1
-            yield from range(start, start + len(ending) - 1)
-            start += len(ending) - 1
+    tokens    a b | c d | c f g    the last token of an ending is predicted, but not read
+    segments  0 0 | 1 1 | 2 2 2    a token sees segment 0 and its own, up to itself
+    targets   0 0 | d e | f g h
+    """
+    tokens = context[:-1]
+    segments = [0] * len(tokens)
+    targets = [0] * len(tokens)
+    for number, ending in enumerate(endings, first):
+        tokens += [context[-1], *ending[:-1]]
+        segments += [number] * len(ending)
+        targets += ending
+    return torch.tensor([tokens, segments, targets])
 
 
-def rows(question: Question, block_size: int) -> list[Row]:
-    """A question as one row; where an ending does not fit, as a row each, with the end of the context that does."""
+def pack_question(question: Question, first: int, block_size: int) -> list[Tensor]:
+    """One row, or, where an ending does not fit in block_size, one for each with the end of the context that does."""
     context, endings = question.context, question.endings
     if len(context) + max(map(len, endings)) <= block_size + 1:
-        return [Row(context, endings)]
-    windows = [(context + ending)[-block_size - 1 :] for ending in endings]
-    scored = [min(len(ending), block_size) for ending in endings]
-    return [Row(tokens[:-count], [tokens[-count:]]) for tokens, count in zip(windows, scored, strict=True)]
+        return [pack(context, endings, first)]
+    rows = []
+    for number, ending in enumerate(endings, first):
+        window = (context + ending)[-block_size - 1 :]
+        n_scored = min(len(ending), block_size)
+        rows.append(pack(window[:-n_scored], [window[-n_scored:]], number))
+    return rows
 
 
-Asked = tuple[Question, list[Row]]
-
-
-def batches(questions: list[Question], block_size: int, batch_tokens: int) -> Iterator[list[Asked]]:
-    """Group questions whose rows have a like width, so that little is padding, within a budget of tokens."""
-    asked = [(question, rows(question, block_size)) for question in questions]
-    batch: list[Asked] = []
-    for one in sorted(asked, key=widest):
-        count = sum(len(read) for _, read in [*batch, one])
-        if batch and count * widest(one) > batch_tokens:
+def batches(rows: list[Tensor], batch_tokens: int) -> Iterator[list[Tensor]]:
+    """Group rows of similar width, so that little is padding; a batch is one row or has at most batch_tokens."""
+    batch: list[Tensor] = []
+    for row in sorted(rows, key=lambda row: row.shape[1]):
+        if batch and (len(batch) + 1) * row.shape[1] > batch_tokens:
             yield batch
             batch = []
-        batch.append(one)
+        batch.append(row)
     if batch:
         yield batch
 
 
-def widest(asked: Asked) -> int:
-    return max(row.width() for row in asked[1])
-
-
-def ending_losses(gpt: GPT, batch: list[Row]) -> Tensor:
-    """The total loss, in nats, of the tokens of each row's endings, one after the other."""
-    device = gpt.lm_head.weight.device
-    columns = zip(*(row.layout() for row in batch), strict=True)
-    # what pads the shorter rows is a part of its own, which the others do not see
-    padded = [pad(column, value) for column, value in zip(columns, (0, 0, -1), strict=True)]
-    idx, positions, parts = (tensor.to(device) for tensor in padded)  # (B, T) each
-    T, seen = idx.shape[1], parts[:, None, :]
-    mask = ((seen == 0) | (seen == parts[:, :, None])).tril()  # (B, T, T)
-    hidden = gpt.hidden(idx, positions, mask[:, None]).flatten(0, 1)  # (B T, C)
-    endings = [ending for row in batch for ending in row.endings]
-    before = [number * T + place for number, row in enumerate(batch) for place in row.predictors()]
-    losses = token_losses(gpt, hidden[torch.tensor(before, device=device)], sum(endings, []))
-    owners = torch.arange(len(endings)).repeat_interleave(torch.tensor([len(ending) for ending in endings]))
-    return torch.zeros(len(endings), dtype=torch.float64).index_add(0, owners, losses)
-
-
-def pad(lists: list[list[int]], value: int) -> Tensor:
-    return nn.utils.rnn.pad_sequence([torch.tensor(some) for some in lists], batch_first=True, padding_value=value)
-
-
-def token_losses(gpt: GPT, hidden: Tensor, targets: list[int]) -> Tensor:
-    """The losses of tokens (N) after hidden states (N, C), on the CPU; logits of few at a time, which are large."""
-    pairs = zip(hidden.split(1024), torch.tensor(targets, device=hidden.device).split(1024), strict=True)
-    losses = [F.cross_entropy(gpt.lm_head(some).float(), wanted, reduction="none") for some, wanted in pairs]
-    return torch.cat(losses).cpu().double()
+def token_losses(gpt: GPT, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss, in nats, of each token of the rows' endings (N), and the number of its ending (N)."""
+    padded = pad_sequence([row.T for row in rows], batch_first=True).to(gpt.transformer.wte.weight.device)
+    idx, segments, targets = padded.unbind(dim=2)  # (B, T) each
+    seen = segments[:, None, :]
+    mask = ((seen == 0) | (seen == segments[:, :, None])).tril()  # (B, T, T); padding comes too late to be seen
+    positions = mask.sum(dim=-1) - 1  # (B, T); a token comes after those that it sees
+    positions = positions.clamp(max=gpt.config.block_size - 1)  # as padding's may be larger
+    hidden = gpt.hidden(idx, positions, mask[:, None])  # (B, T, C)
+    scored = segments > 0
+    parts = []
+    for part, part_targets in zip(hidden[scored].split(1024), targets[scored].split(1024), strict=True):
+        logits = gpt.logits(part).float()  # (n, V), a large one
+        parts.append(F.cross_entropy(logits, part_targets, reduction="none"))
+    losses = torch.cat(parts).cpu().double()
+    if not losses.isfinite().all():
+        raise DataError("the model's losses are not finite: its weights have diverged or are damaged")
+    return losses, segments[scored].cpu()
 
 
 @torch.no_grad()
-def count_correct(
-    gpt: GPT, questions: list[Question], batch_tokens: int = BATCH_TOKENS, progress: bool = False
-) -> Tensor:
-    """How many questions of each scoring the model gets right, by `acc` and by `acc_norm`: integers (2, 2)."""
-    correct = torch.zeros(len(SCORINGS), 2, dtype=torch.long)
-    with progress_bar(progress, total=len(questions), unit=" questions", leave=False) as bar:
-        for batch in batches(questions, gpt.config.block_size, batch_tokens):
-            correct += count_batch(gpt, batch)
+def ending_losses(gpt: GPT, questions: list[Question], batch_tokens: int, progress: bool = False) -> Tensor:
+    """The total loss, in nats, of each question's endings (Q, 4); raises DataError where it is not finite."""
+    rows = []
+    for number, question in enumerate(questions):
+        rows += pack_question(question, 1 + number * ENDINGS, gpt.config.block_size)
+    totals = torch.zeros(1 + len(questions) * ENDINGS, dtype=torch.float64)
+    with script.progress_bar(progress, total=len(rows), unit=" rows", leave=False) as bar:
+        for batch in batches(rows, batch_tokens):
+            losses, numbers = token_losses(gpt, batch)
+            totals.index_add_(0, numbers, losses)
             bar.update(len(batch))
+    return totals[1:].view(-1, ENDINGS)
+
+
+def count_correct(gpt: GPT, questions: list[Question], batch_tokens: int = 8192, progress: bool = False) -> Tensor:
+    """How many questions of each scoring the model answers right, by `acc` and by `acc_norm`: integers (2, 2).
+
+    Raises DataError where the model's losses are not finite.
+    """
+    correct = torch.zeros(len(SCORINGS), 2, dtype=torch.long)
+    for question, losses in zip(questions, ending_losses(gpt, questions, batch_tokens, progress), strict=True):
+        # identical endings tie, whatever their rounding, and the first wins
+        losses = losses[[question.endings.index(ending) for ending in question.endings]]
+        scoring = SCORINGS.index(question.scoring)
+        correct[scoring, 0] += losses.argmin() == question.label
+        correct[scoring, 1] += (losses / torch.tensor(question.lengths)).argmin() == question.label
     return correct
 
 
-def count_batch(gpt: GPT, batch: list[Asked]) -> Tensor:
-    """What `count_correct` counts, of one batch."""
-    questions = [question for question, _ in batch]
-    # a tie of endings that are alike goes to the first, whatever their rounding is
-    alike = torch.tensor([[q.endings.index(ending) for ending in q.endings] for q in questions])
-    totals = ending_losses(gpt, [row for _, read in batch for row in read]).view(-1, ENDINGS).gather(1, alike)
-    lengths, labels = torch.tensor([q.lengths for q in questions]), torch.tensor([q.label for q in questions])
-    right = [losses.argmin(dim=1) == labels for losses in (totals, totals / lengths)]
-    scorings = torch.tensor([q.scoring for q in questions])
-    return torch.zeros(len(SCORINGS), 2, dtype=torch.long).index_add(0, scorings, torch.stack(right, dim=1).long())
-
-
-def accuracies(correct: Tensor, questions: int) -> dict[str, float]:
-    """The figures by their names, such as `lm_eval_acc_norm`, from `count_correct`'s of so many questions."""
+def accuracies(correct: Tensor, n_questions: int) -> dict[str, float]:
+    """The accuracies by name, such as `lm_eval_acc_norm`, from `count_correct`'s counts."""
     names = [f"{scoring}_{kind}" for scoring in SCORINGS for kind in ("acc", "acc_norm")]
-    return dict(zip(names, (correct.flatten() * len(SCORINGS) / questions).tolist(), strict=True))
+    return dict(zip(names, (correct.flatten() * len(SCORINGS) / n_questions).tolist(), strict=True))
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = parse_flags(HellaswagConfig, argv, __doc__)
-    if config.data and not Path(config.data).is_file():
+def evaluate(config: HellaswagConfig) -> None:
+    """Score a checkpoint and print its figures; raises UsageError or DataError."""
+    script.check_numbers(config)
+    if config.data is not None and not Path(config.data).is_file():
         raise UsageError(f"--data {config.data}: no such file")
-    gpt = GPT.from_pretrained(config.model).to(choose_device(config.device))
-    questions = load(Path(config.data) if config.data else download(), slice(config.limit))
-    with naming_remedy("--batch_tokens"):
-        correct = count_correct(gpt, questions, config.batch_tokens, progress=True)
+    device = script.choose_device(config.device)
+    gpt = load_gpt(locate(config.checkpoint))
+    require_gpt2_vocabulary(gpt, config.checkpoint)
+    questions = load(Path(config.data or download()), slice(config.limit))
+    with script.explain_out_of_memory("--batch_tokens"):
+        correct = count_correct(gpt.to(device), questions, config.batch_tokens, progress=True)
     n = len(questions) // len(SCORINGS)
     print(f"{n} examples")
     for scoring, (acc, acc_norm) in zip(SCORINGS, correct.tolist(), strict=True):
         print(f"{scoring:8} acc {acc / n:.4f} ({acc} right), acc_norm {acc_norm / n:.4f} ({acc_norm} right)")
 
 
+def main(argv: list[str] | None = None) -> None:
+    evaluate(script.parse_flags(HellaswagConfig, argv, __doc__))
+
+
 if __name__ == "__main__":
-    run(main)
+    script.run(main)

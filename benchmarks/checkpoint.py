@@ -1,48 +1,52 @@
 """How long a checkpoint takes to save, against only writing and flushing the same bytes; as a ratio in one run.
 
-python benchmarks/checkpoint.py --model gpt2
+python -m benchmarks.checkpoint
 """
 
 from __future__ import annotations
-
-import os
-import sys
-
-sys.path[:1] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 import json
 import shutil
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import train_gpt2
-from common import Flags, flag, flush, parse_flags, run
+from common.checkpoint import TrainingState, prune, save_checkpoint
+from common.files import flush
+from common.processes import World
+from common.script import Positive, UsageError, check_numbers, parse_flags, run
 from model import GPT, PRESETS
+from recipes import RECIPES, Size, fill_defaults
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig(Flags):
-    model: str = flag("gpt2", "size", choices=[*PRESETS])
-    repeat: int = flag(3, "times to save", least=1)
-    directory: str | None = flag(None, "where to write (default: the system's directory of temporary files)")
+class BenchmarkConfig:
+    model: Size = "gpt2"  # size; its weights are random
+    repeat: Positive[int] = 3  # times to save; their median counts
+    out_dir: str | None = None  # where to write; None: the system's directory of temporary files
 
 
-def make_trainer(model: str, out_dir: str) -> train_gpt2.Trainer:
-    """A trainer on the CPU with moments as after a step."""
-    config = train_gpt2.TrainConfig(model=model, device="cpu", out_dir=out_dir, keep=1)
+def training_state(model: str) -> TrainingState:
+    """A run on the CPU whose optimizer has the state of one step."""
     device = torch.device("cpu")
-    config = train_gpt2.resolve(config, device)
-    trainer = train_gpt2.make_trainer(config, train_gpt2.World(0, 1, device), GPT(PRESETS[model]))
-    for parameter in trainer.gpt.parameters():
+    config = fill_defaults(RECIPES[model], device, PRESETS[model])
+    state = train_gpt2.make_trainer(config, World(0, 1, device), GPT(PRESETS[model])).state
+    for parameter in state.gpt.parameters():
         parameter.grad = torch.randn_like(parameter)
-    trainer.optimizer.step()
-    return trainer
+    state.optimizer.step()
+    return state
+
+
+def save(state: TrainingState, out_dir: Path) -> None:
+    """Save as training does, keeping the newest checkpoint alone."""
+    save_checkpoint(out_dir, state, record={}, card="")
+    prune(out_dir, keep=1, milestone_every=0)
 
 
 def write(contents: dict[str, bytes], directory: Path) -> None:
@@ -54,31 +58,45 @@ def write(contents: dict[str, bytes], directory: Path) -> None:
     flush(directory)
 
 
-def timed(action, *args) -> float:
+def seconds(action: Callable[[], None]) -> float:
     began = time.perf_counter()
-    action(*args)
+    action()
     return time.perf_counter() - began
 
 
-def main() -> None:
-    config = parse_flags(BenchmarkConfig, None, __doc__)
-    with tempfile.TemporaryDirectory(dir=config.directory) as name:
-        trainer, plain = make_trainer(config.model, name), Path(name) / "plain"
-        shards = train_gpt2.Shards(val=np.empty(0), train=[], identity=[], unigram_loss=None, source=None)
-        train_gpt2.save_checkpoint(trainer, shards)
-        contents = {path.name: path.read_bytes() for path in (Path(name) / "step_000000").iterdir()}
-        times: dict[str, list[float]] = {"save": [], "write": []}
-        for step in range(1, config.repeat + 1):
-            times["write"].append(timed(write, contents, plain))
-            shutil.rmtree(plain)
-            trainer.step = step
-            times["save"].append(timed(train_gpt2.save_checkpoint, trainer, shards))
-    size, medians = sum(map(len, contents.values())), {way: statistics.median(some) for way, some in times.items()}
-    figures = {"model": config.model, "bytes": size, "torch": torch.__version__, "seconds": times}
-    print(
-        f"{size / 1e9:.2f} GB: saved in {medians['save']:.2f} s, only written and flushed in {medians['write']:.2f} s"
-    )
-    print(json.dumps(figures | {"ratio": medians["save"] / medians["write"]}))
+def measure(state: TrainingState, directory: Path, repeat: int) -> tuple[int, dict[str, list[float]]]:
+    """The bytes of a checkpoint, and the seconds that each way took, by turns."""
+    save(state, directory)
+    contents = {path.name: path.read_bytes() for path in (directory / f"step_{state.step:06d}").iterdir()}
+    times: dict[str, list[float]] = {"save": [], "write": []}
+    for _ in range(repeat):
+        times["write"].append(seconds(lambda: write(contents, directory / "plain")))
+        shutil.rmtree(directory / "plain")
+        state.step += 1
+        times["save"].append(seconds(lambda: save(state, directory)))
+    return sum(map(len, contents.values())), times
+
+
+def compare(config: BenchmarkConfig) -> None:
+    """Measure both ways; prints their medians and, last, a line of JSON with all figures."""
+    check_numbers(config)
+    if config.out_dir is not None and not Path(config.out_dir).is_dir():
+        raise UsageError(f"--out_dir {config.out_dir} is no directory: choose one that exists")
+    with tempfile.TemporaryDirectory(dir=config.out_dir) as directory:
+        size, times = measure(training_state(config.model), Path(directory), config.repeat)
+    medians = {way: statistics.median(values) for way, values in times.items()}
+    print(f"{size / 1e9:.2f} GB: saved in {medians['save']:.2f} s, written and flushed in {medians['write']:.2f} s")
+    figures = asdict(config) | {
+        "torch": torch.__version__,
+        "bytes": size,
+        "seconds": times,
+        "ratio": medians["save"] / medians["write"],
+    }
+    print(json.dumps(figures))
+
+
+def main(argv: list[str] | None = None) -> None:
+    compare(parse_flags(BenchmarkConfig, argv, __doc__))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Text to shards, three ways: how peers do it, with tiktoken, and with gigatoken; as ratios in one run.
 
-    python benchmarks/tokenize.py --input 'texts/*.parquet'
+    python -m benchmarks.tokenize --input 'texts/*.parquet'
 
 Each way runs in a process of its own, and is timed from that process's start to its end, with all shards on disk. The
 files are read --repeat times over, so that a few of them show what a long run does, and not only how it starts.
@@ -8,17 +8,12 @@ files are read --repeat times over, so that a few of them show what a long run d
 
 from __future__ import annotations
 
-import os
-import sys
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:1] = [ROOT]  # not this folder, where this file would be taken for the standard library's tokenize
-
 import contextlib
 import importlib.metadata
 import itertools
 import json
 import multiprocessing
+import os
 import platform
 import shutil
 import tempfile
@@ -26,21 +21,28 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 
 import fineweb
-import tokenizer
-from common import DataError, Flags, flag, parse_flags, required, run, sha256
+from common.files import sha256
+from common.script import DataError, Positive, check_numbers, parse_flags, run
+from common.shards import list_shards, open_shard, shard_name
+from common.tokenizer import END_OF_TEXT, encode
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig(Flags):
-    input: tuple[str, ...] = flag(required, "parquet files: paths or globs")
-    repeat: int = flag(24, "times to read the files", least=1)
-    shard_size: int = flag(10_000_000, "tokens in a shard", least=1)
-    workers: int = flag(os.cpu_count() or 1, "tiktoken's processes, and gigatoken's threads", least=1)
+class BenchmarkConfig:
+    input: tuple[str, ...]
+    """parquet files: paths or globs"""
+    repeat: Positive[int] = 24
+    """times to read the files"""
+    shard_size: Positive[int] = 10_000_000
+    """tokens in a shard"""
+    workers: Positive[int] = os.cpu_count() or 1
+    """threads of tiktoken and of gigatoken"""
 
 
 def plain_documents(paths: list[Path]) -> Iterator[str]:
@@ -54,50 +56,52 @@ def plain_documents(paths: list[Path]) -> Iterator[str]:
 
 def plain_encode(text: str) -> np.ndarray:
     """One document's tokens as peers make them: a list, an array of it, two checks, and the narrow array."""
-    tokens = [tokenizer.END_OF_TEXT]
-    tokens.extend(tokenizer.encoding().encode_ordinary(text))
-    wide = np.array(tokens)
+    wide = np.array([END_OF_TEXT, *encode(text)])
     assert (0 <= wide).all() and (wide < 2**16).all()
     return wide.astype(np.uint16)
 
 
-def plain(paths: list[Path], out: Path, shard_size: int, workers: int) -> None:
-    """A pool that takes and gives back one document at a time, and np.save for each shard."""
+def plain(paths: list[Path], out_dir: Path, shard_size: int, workers: int) -> None:
+    """A pool of processes that takes and returns one document at a time, and np.save for each shard."""
     shard, filled, number = np.empty(shard_size, dtype=np.uint16), 0, 0
-    out.mkdir()
+    out_dir.mkdir()
     with multiprocessing.Pool(workers) as pool:
         for tokens in pool.imap(plain_encode, plain_documents(paths)):
             while filled + len(tokens) > shard_size:
                 room = shard_size - filled
-                shard[filled:], tokens = tokens[:room], tokens[room:]
-                np.save(out / fineweb.shard_name(number), shard)
+                shard[filled:] = tokens[:room]
+                tokens = tokens[room:]
+                np.save(out_dir / shard_name(number), shard)
                 filled, number = 0, number + 1
             shard[filled : filled + len(tokens)] = tokens
             filled += len(tokens)
-    np.save(out / fineweb.shard_name(number), shard[:filled])
+    np.save(out_dir / shard_name(number), shard[:filled])
 
 
-def work(way: str, paths: list[Path], out: Path, shard_size: int, workers: int) -> None:
-    """Do one way, in this process."""
+def build(way: str, paths: list[Path], out_dir: Path, shard_size: int, workers: int) -> None:
+    """Build the shards one way, in this process."""
     if way == "plain":
-        plain(paths, out, shard_size, workers)
-    else:
-        settings = {"input": tuple(map(str, paths)), "out": str(out), "shard_size": shard_size}
-        fineweb.build(fineweb.FinewebConfig(**settings, encoder=way, workers=workers))
+        return plain(paths, out_dir, shard_size, workers)
+    names = tuple(str(path) for path in paths)
+    config = fineweb.FinewebConfig(
+        input=names, out_dir=str(out_dir), shard_size=shard_size, encoder=way, workers=workers
+    )
+    fineweb.build(config)
 
 
 def memory(process: psutil.Process) -> int:
     """Bytes that a process and all that it has started hold now."""
     total = 0
-    for one in [process, *process.children(recursive=True)]:
+    for member in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            total += one.memory_info().rss
+            total += member.memory_info().rss
     return total
 
 
-def measure(way: str, paths: list[Path], out: Path, shard_size: int, workers: int) -> dict:
-    """Do one way in a new process; returns its figures, and its shards' hashes."""
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(way, paths, out, shard_size, workers))
+def measure(way: str, paths: list[Path], out_dir: Path, shard_size: int, workers: int) -> dict[str, Any]:
+    """Build the shards one way in a new process; returns its figures, and the shards' hashes."""
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=build, args=(way, paths, out_dir, shard_size, workers))
     began, peak = time.perf_counter(), 0
     process.start()
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -108,41 +112,55 @@ def measure(way: str, paths: list[Path], out: Path, shard_size: int, workers: in
     seconds = time.perf_counter() - began
     if process.exitcode:
         raise SystemExit(process.exitcode)
-    shards = sorted(out.glob("*.npy"), key=lambda path: path.name[-10:])
-    tokens, hashes = sum(len(np.load(shard, mmap_mode="r")) for shard in shards), [sha256(shard) for shard in shards]
-    shutil.rmtree(out)
-    return {"workers": workers, "seconds": seconds, "tokens": tokens, "peak_memory_bytes": peak, "hashes": hashes}
+    shards = [out_dir / name for name in list_shards(out_dir)]
+    tokens = sum(len(open_shard(path)) for path in shards)
+    hashes = [sha256(path) for path in shards]
+    shutil.rmtree(out_dir)
+    rate = tokens / seconds
+    figures = {"workers": workers, "seconds": seconds, "tokens": tokens, "peak_memory_bytes": peak}
+    return figures | {"tokens_per_second": rate, "hashes": hashes}
+
+
+def repeat_files(paths: list[Path], directory: Path, repeat: int) -> list[Path]:
+    """Links to the files, the whole set `repeat` times over."""
+    links = []
+    for turn, path in itertools.product(range(repeat), paths):
+        links.append(directory / f"{turn:04d}_{path.name}")
+        links[-1].symlink_to(path.resolve())
+    return links
 
 
 def compare(config: BenchmarkConfig) -> None:
-    """Do all ways, print a row for each, and end with one JSON line of all figures."""
-    source = fineweb.local_paths(config.input)
-    size, cores = sum(len(text.encode()) for text in plain_documents(source)), os.cpu_count() or 1
+    """Build the shards each way, print a row for each, and end with one JSON line of all figures."""
+    check_numbers(config)
+    paths = [Path(name) for name in fineweb.list_local(config.input)]
+    size = config.repeat * sum(len(text.encode()) for text in plain_documents(paths))
+    cores = os.cpu_count() or 1
     ways = {"plain": cores // 2 or 1, "tiktoken_1": 1, "tiktoken": config.workers, "gigatoken": config.workers}
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as directory:
-        paths = []
-        for turn, path in itertools.product(range(config.repeat), source):
-            paths.append(Path(directory) / f"{turn:04d}_{path.name}")
-            paths[-1].symlink_to(path.resolve())
+        links = repeat_files(paths, Path(directory), config.repeat)
         for name, workers in ways.items():
-            result = measure(name.split("_")[0], paths, Path(directory) / name, config.shard_size, workers)
-            rate = result["tokens"] / result["seconds"]
-            result["tokens_per_second"], result["bytes_per_second"] = rate, config.repeat * size / result["seconds"]
+            result = measure(name.split("_")[0], links, Path(directory) / name, config.shard_size, workers)
             results[name] = result
-            result["ratio"] = rate / results["plain"]["tokens_per_second"]
-            print(
-                f"{name:12s} {workers} worker(s) {result['seconds']:8.2f} s {rate:14,.0f} tokens/s "
-                f"{result['bytes_per_second'] / 1e6:8.1f} MB/s {result['peak_memory_bytes'] / 2**20:8.0f} MiB "
-                f"{result['ratio']:6.2f} times plain",
-                flush=True,
-            )
+            result["bytes_per_second"] = size / result["seconds"]
+            result["ratio"] = result["tokens_per_second"] / results["plain"]["tokens_per_second"]
+            print_row(name, result)
     hashes = [result.pop("hashes") for result in results.values()]
-    if any(some != hashes[0] for some in hashes):
+    if any(shards != hashes[0] for shards in hashes):
         raise DataError("the ways did not write the same shards")
     versions = {name: importlib.metadata.version(name) for name in ("numpy", "pyarrow", "tiktoken", "gigatoken")}
     settings = {"cores": cores, "python": platform.python_version(), "versions": versions, "repeat": config.repeat}
     print(json.dumps(settings | {"ways": results}))
+
+
+def print_row(name: str, result: dict[str, Any]) -> None:
+    print(
+        f"{name:12s} {result['workers']} worker(s) {result['seconds']:8.2f} s "
+        f"{result['tokens_per_second']:14,.0f} tokens/s {result['bytes_per_second'] / 1e6:8.1f} MB/s "
+        f"{result['peak_memory_bytes'] / 2**20:8.0f} MiB {result['ratio']:6.2f} times plain",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

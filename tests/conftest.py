@@ -1,3 +1,5 @@
+"""What the tests share: a directory of their own, shards of random words, and one way to run a tiny training."""
+
 import os
 
 # before torch is imported: two processes on two cores crawl if each starts two threads
@@ -5,8 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import random
+import shutil
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -24,28 +28,93 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def own_directory(tmp_path, monkeypatch):
     """Each test runs in an empty directory of its own."""
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def make_shards(tmp_path):
-    """Build shards of random words: make_shards(tokens=..., shard_size=...) returns their directory."""
+@pytest.fixture(scope="session")
+def built_shards(tmp_path_factory):
+    """Build shards of random words, each kind once a session: built_shards(tokens, shard_size) returns a directory."""
     import fineweb
 
-    def make(tokens=4000, shard_size=1000, out="shards"):
-        generator = random.Random(0)
-        source = tmp_path / "source.jsonl"
-        with open(source, "w") as file:
-            for _ in range(tokens // 20):
-                text = " ".join(generator.choices(WORDS, k=generator.randrange(1, 60)))
-                file.write(json.dumps({"text": text}) + "\n")
-        flags = ["--input", str(source), "--out", out, "--shard_size", str(shard_size), "--workers", "1"]
-        fineweb.main([*flags, "--max_tokens", str(tokens)])
-        return tmp_path / out
+    built = {}
+
+    def build(tokens, shard_size):
+        if (tokens, shard_size) not in built:
+            generator = random.Random(0)
+            directory = tmp_path_factory.mktemp("shards")
+            texts = [" ".join(generator.choices(WORDS, k=generator.randrange(1, 60))) for _ in range(tokens // 20)]
+            source = directory / "source.jsonl"
+            source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            fineweb.build(
+                fineweb.FinewebConfig(
+                    input=(str(source),),
+                    out_dir=str(directory / "shards"),
+                    shard_size=shard_size,
+                    max_tokens=tokens,
+                    encoder="tiktoken",
+                    workers=1,
+                )
+            )
+            built[tokens, shard_size] = directory / "shards"
+        return built[tokens, shard_size]
+
+    return build
+
+
+@pytest.fixture
+def make_shards(built_shards, tmp_path):
+    """A copy of such shards in the test's own directory: make_shards(tokens, shard_size, name) returns its path."""
+
+    def make(tokens=4000, shard_size=1000, name="shards"):
+        return Path(shutil.copytree(built_shards(tokens, shard_size), tmp_path / name))
 
     return make
+
+
+@pytest.fixture
+def small_debug(monkeypatch):
+    """Make the debug model smaller still, for runs within this process."""
+    import model
+
+    sizes = model.GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=16)
+    monkeypatch.setitem(model.PRESETS, "debug", sizes)
+    return sizes
+
+
+def tiny_config(**changes):
+    """The settings of a run of seconds, on `make_shards`'s shards."""
+    from recipes import RECIPES
+
+    settings = {
+        "data_dir": "shards",
+        "device": "cpu",
+        "dtype": "float32",
+        "batch_size": 2,
+        "block_size": 16,
+        "total_batch_size": 128,
+        "max_steps": 8,
+        "warmup_steps": 2,
+        "max_lr": 1e-2,
+        "eval_every": 4,
+        "sample_every": 0,
+        "save_every": 4,
+        "keep": 10,
+    }
+    return replace(RECIPES["debug"], **(settings | changes))
+
+
+def flags_of(config):
+    """The command line that gives these settings."""
+    flags = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type == "bool":
+            flags.append(f"--{field.name}" if value else f"--no_{field.name}")
+        elif value is not None:
+            flags += [f"--{field.name}", str(value)]
+    return flags
 
 
 def run_script(script, *flags, processes=0, env=None, timeout=180, input=None):
@@ -59,6 +128,8 @@ def run_script(script, *flags, processes=0, env=None, timeout=180, input=None):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, **source)
 
 
-@pytest.fixture
-def script():
-    return run_script
+def records(directory, key="loss"):
+    """What a run's log says of `key`, by step."""
+    from common.log import read_log
+
+    return {record["step"]: record[key] for record in read_log(directory) if key in record}

@@ -49,8 +49,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, content, headers=None, status=200):
         headers, size = headers or {}, len(content)
-        if wanted := self.headers.get("Range"):  # "bytes=1000-": what a download that broke off lacks
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
+        if missing := self.headers.get("Range"):  # "bytes=1000-": what a download that broke off lacks
+            start = int(missing.removeprefix("bytes=").split("-")[0])
             content, status = content[start:], 206
             headers = headers | {"Content-Range": f"bytes {start}-{size - 1}/{size}"}
         self.send_response(status)
@@ -58,6 +58,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
+            if size > 1000:
+                self.server.stalls.wait(60)
             breaks = size > 1000 and self.server.breaks > 0
             self.server.breaks -= breaks
             self.wfile.write(content[:1000] if breaks else content)
@@ -73,6 +75,8 @@ def serve(repo, revision, files):
     server.repo, server.revision, server.files, server.requests = repo, revision, files, []
     server.commit = revision if len(revision) == 40 else "0" * 40
     server.breaks = 0  # how many answers of over 1,000 bytes break off after those
+    server.stalls = threading.Event()  # answers of over 1,000 bytes wait for it
+    server.stalls.set()
     server.wrong = set()  # files that are listed with a hash which is not theirs
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)

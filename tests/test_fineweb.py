@@ -8,9 +8,10 @@ import math
 import os
 import random
 import re
-import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,8 +23,10 @@ import pytest
 from conftest import ROOT, WORDS, run_script
 
 import fineweb
-from common import sha256
-from tokenizer import END_OF_TEXT, decode, encode
+from common.files import sha256
+from common.script import DataError, UsageError
+from common.shards import shard_name
+from common.tokenizer import END_OF_TEXT, decode, encode
 
 STRANGE = [
     "An ordinary document.",
@@ -62,7 +65,7 @@ def build(*flags):
 
 
 def test_shards_hold_the_documents_in_order_each_after_end_of_text(tmp_path):
-    build("--input", write_jsonl(tmp_path / "a.jsonl", STRANGE), "--shard_size", 1000, "--out", "out")
+    build("--input", write_jsonl(tmp_path / "a.jsonl", STRANGE), "--shard_size", 1000, "--out_dir", "out")
     manifest, shards = read_directory(tmp_path / "out")
     expected = expected_tokens(STRANGE)
     assert np.concatenate(shards).tolist() == expected
@@ -77,14 +80,14 @@ def test_shards_hold_the_documents_in_order_each_after_end_of_text(tmp_path):
 
 def test_random_documents_survive_any_shard_size(tmp_path):
     generator = random.Random(0)
-    for attempt in range(20):
+    for attempt in range(10):
         alphabet = generator.choice(["ab \n", "aé你🙂 .", "0123 '", "".join(map(chr, range(32, 500)))])
         texts = [
             "".join(generator.choices(alphabet, k=generator.randrange(80))) for _ in range(generator.randrange(2, 40))
         ]
         expected = expected_tokens(texts)
         size = generator.randrange(1, len(expected))
-        build("--input", write_jsonl(tmp_path / "a.jsonl", texts), "--shard_size", size, "--out", f"out{attempt}")
+        build("--input", write_jsonl(tmp_path / "a.jsonl", texts), "--shard_size", size, "--out_dir", f"out{attempt}")
         _, shards = read_directory(tmp_path / f"out{attempt}")
         assert np.concatenate(shards).tolist() == expected
         assert {len(shard) for shard in shards[:-1]} == {size} and 1 <= len(shards[-1]) <= size
@@ -94,7 +97,7 @@ def test_random_documents_survive_any_shard_size(tmp_path):
 
 def test_a_document_may_be_longer_than_several_shards(tmp_path):
     texts = ["short", "word " * 5000, "short"]
-    build("--input", write_jsonl(tmp_path / "a.jsonl", texts), "--shard_size", 300, "--out", "out")
+    build("--input", write_jsonl(tmp_path / "a.jsonl", texts), "--shard_size", 300, "--out_dir", "out")
     _, shards = read_directory(tmp_path / "out")
     assert len(shards) > 10 and np.concatenate(shards).tolist() == expected_tokens(texts)
 
@@ -114,7 +117,7 @@ def test_every_kind_of_file_gives_the_same_shards(tmp_path):
         (tmp_path / f"{number:04d}.txt").write_text(text)
     sources["txt"] = ["????.txt"]
     for kind, paths in sources.items():
-        build("--input", *paths, "--shard_size", 10_000, "--out", kind)
+        build("--input", *paths, "--shard_size", 10_000, "--out_dir", kind)
     hashes = [[(s["name"], s["sha256"]) for s in read_directory(tmp_path / kind)[0]["shards"]] for kind in sources]
     assert hashes[0] == hashes[1] == hashes[2] == hashes[3]
     assert np.concatenate(read_directory(tmp_path / "jsonl")[1]).tolist() == expected_tokens(texts)
@@ -123,23 +126,26 @@ def test_every_kind_of_file_gives_the_same_shards(tmp_path):
 def test_another_column_can_hold_the_text(tmp_path):
     table = pyarrow.table({"text": ["no"] * 50, "body": ["yes it is"] * 50})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    build("--input", "a.parquet", "--text_column", "body", "--shard_size", 100, "--out", "out")
+    build("--input", "a.parquet", "--text_column", "body", "--shard_size", 100, "--out_dir", "out")
     assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected_tokens(["yes it is"] * 50)
 
 
-def test_spawned_processes_write_the_same_bytes_as_one(tmp_path):
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE * 300)
-    for workers in (1, 2):
-        flags = ["--input", "a.jsonl", "--shard_size", "20000", "--out", f"w{workers}", "--encoder", "tiktoken"]
-        fineweb.main([*flags, "--workers", str(workers)])
-    assert contents(tmp_path / "w1") == contents(tmp_path / "w2")
+    for encoder in ("tiktoken", "gigatoken"):
+        for workers in (1, 3):
+            flags = ["--input", "a.jsonl", "--shard_size", "20000", "--encoder", encoder]
+            fineweb.main([*flags, "--workers", str(workers), "--out_dir", f"{encoder}{workers}"])
+    assert contents(tmp_path / "tiktoken1") == contents(tmp_path / "tiktoken3")
+    assert contents(tmp_path / "tiktoken1") == contents(tmp_path / "gigatoken1")
+    assert contents(tmp_path / "tiktoken1") == contents(tmp_path / "gigatoken3")
 
 
 def test_max_tokens_cuts_the_stream(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
     expected = expected_tokens(STRANGE)
     for limit in (1001, 2000, len(expected), 10 * len(expected)):
-        build("--input", "a.jsonl", "--shard_size", 1000, "--max_tokens", limit, "--out", f"out{limit}")
+        build("--input", "a.jsonl", "--shard_size", 1000, "--max_tokens", limit, "--out_dir", f"out{limit}")
         assert np.concatenate(read_directory(tmp_path / f"out{limit}")[1]).tolist() == expected[:limit]
 
 
@@ -158,7 +164,7 @@ def test_an_interrupted_build_ends_in_the_same_bytes(tmp_path, monkeypatch, mome
     write_jsonl(tmp_path / "a.jsonl", STRANGE[:5])
     write_jsonl(tmp_path / "b.jsonl", STRANGE[4:] * 2)
     flags = ["--input", "a.jsonl", "b.jsonl", "--shard_size", 1500]
-    build(*flags, "--out", "whole")
+    build(*flags, "--out_dir", "whole")
     replace, calls = os.replace, []
 
     def interrupting(source, target):
@@ -170,57 +176,55 @@ def test_an_interrupted_build_ends_in_the_same_bytes(tmp_path, monkeypatch, mome
 
     monkeypatch.setattr(os, "replace", interrupting)
     with pytest.raises(Interrupted):
-        build(*flags, "--out", "torn")
+        build(*flags, "--out_dir", "torn")
     monkeypatch.setattr(os, "replace", replace)
-    build(*flags, "--out", "torn")
+    build(*flags, "--out_dir", "torn")
     assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
 
 
-def children_of(parent):
-    """The processes that a process has started."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    return {int(child) for child, its_parent in map(str.split, listed.splitlines()) if int(its_parent) == parent}
-
-
-def alive(processes):
-    """Those of the processes that have not ended, zombies not counted."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,stat="], capture_output=True, text=True, check=True).stdout
-    states = {int(number): state for number, state in map(str.split, listed.splitlines())}
-    return {process for process in processes if not states.get(process, "Z").startswith("Z")}
-
-
-@pytest.mark.skipif(not shutil.which("ps"), reason="looks for processes with ps")
-def test_a_killed_build_leaves_no_process_and_ends_in_the_same_bytes(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", STRANGE * 2000)
-    command = [sys.executable, ROOT / "fineweb.py", "--input", "a.jsonl", "--shard_size", "50000", "--workers", "2"]
-    command += ["--encoder", "tiktoken"]
-    subprocess.run([*command, "--out", "whole"], check=True, stdout=subprocess.DEVNULL)
-    process = subprocess.Popen([*command, "--out", "torn"])
-    while not (tmp_path / "torn" / "edufineweb_train_000005.npy").exists():
+@pytest.mark.parametrize("encoder", ["gigatoken", "tiktoken"])
+def test_a_killed_build_leaves_nothing_outside_its_directory_and_ends_in_the_same_bytes(tmp_path, encoder):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE * 1000)
+    command = [sys.executable, ROOT / "fineweb.py", "--input", "a.jsonl", "--shard_size", "100000", "--workers", "2"]
+    command += ["--encoder", encoder]
+    (tmp_path / "tmp").mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    process = subprocess.Popen([*command, "--out_dir", "torn"], stdout=subprocess.DEVNULL, env=environment)
+    while not (tmp_path / "torn" / shard_name(2)).exists():
         time.sleep(0.01)
-    workers = children_of(process.pid)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 30
-    while alive(workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(workers) >= 2 and not alive(workers)
+    assert not list((tmp_path / "tmp").iterdir())
     assert not json.loads((tmp_path / "torn" / "manifest.json").read_text())["complete"]
-    subprocess.run([*command, "--out", "torn"], check=True, stdout=subprocess.DEVNULL)
+    build(*command[2:], "--out_dir", "torn")
+    build(*command[2:], "--out_dir", "whole")
     assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("encoder", ["gigatoken", "tiktoken"])
+def test_ctrl_c_ends_a_build_at_once_in_one_line(tmp_path, encoder):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE * 4000)
+    command = [sys.executable, ROOT / "fineweb.py", "--input", "a.jsonl", "--shard_size", "50000"]
+    command += ["--encoder", encoder, "--out_dir", "out"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / shard_name(2)).exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and errors == "fineweb.py: error: interrupted\n"
 
 
 def test_a_finished_directory_is_left_alone(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
-    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
 
 def test_the_unigram_loss_is_the_smoothed_cross_entropy_of_val_under_train(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
-    build("--input", "a.jsonl", "--shard_size", 500, "--out", "out")
+    build("--input", "a.jsonl", "--shard_size", 500, "--out_dir", "out")
     manifest, shards = read_directory(tmp_path / "out")
     counts, total = Counter(np.concatenate(shards[1:]).tolist()), sum(map(len, shards[1:]))
     losses = [-math.log((counts[token] + 1) / (total + 50257)) for token in shards[0].tolist()]
@@ -243,23 +247,38 @@ def test_the_sample_is_pythons_documentation(tmp_path):
         (["--input", "a.csv"], "a.csv"),
         (["--input", "a.jsonl", "--shard_size", "100000"], "--shard_size"),
         (["--input", "a.jsonl", "--shard_size", "0"], "--shard_size"),
+        (["--input", "a.jsonl", "--shard_size", "9", "--max_tokens", "0"], "--max_tokens"),
+        (["--input", "a.jsonl", "--shard_size", "9", "--max_tokens", "9"], "--max_tokens"),
         (["--input", "a.jsonl", "--shard_size", "9", "--workers", "0"], "--workers"),
+        (["--input", ""], "--input is empty"),
+        (["--input"], "--input is empty"),
+        (["--verify", ""], "--verify is empty"),
+        (["--dataset", "another/one"], "--revision"),
+        (["--revision", "main"], "--revision"),
     ],
 )
 def test_bad_flags_are_refused_by_name_and_nothing_is_written(tmp_path, flags, says):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
     (tmp_path / "a.csv").write_text("text\n")
-    with pytest.raises(fineweb.UsageError) as error:
-        build(*flags, "--out", "out")
+    with pytest.raises(UsageError) as error:
+        build(*flags, "--out_dir", "out")
     assert says in str(error.value) and not list(tmp_path.glob("out/*.npy"))
+
+
+def test_settings_are_checked_without_the_command_line_too(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    for wrong in ({"out_dir": ""}, {"shard_size": 0}, {"workers": 0}, {"input": ("a.jsonl", "")}, {"sample": True}):
+        with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
+            fineweb.build(fineweb.FinewebConfig(**{"input": ("a.jsonl",)} | wrong))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_source_that_fits_one_shard_can_be_built_again_in_smaller_ones(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
     total = len(expected_tokens(STRANGE))
-    with pytest.raises(fineweb.UsageError, match="--shard_size"):
-        build("--input", "a.jsonl", "--shard_size", total, "--out", "out")
-    build("--input", "a.jsonl", "--shard_size", total - 1, "--out", "out")
+    with pytest.raises(UsageError, match="--shard_size"):
+        build("--input", "a.jsonl", "--shard_size", total, "--out_dir", "out")
+    build("--input", "a.jsonl", "--shard_size", total - 1, "--out_dir", "out")
     assert [len(shard) for shard in read_directory(tmp_path / "out")[1]] == [total - 1, 1]
 
 
@@ -272,7 +291,9 @@ def test_damaged_sources_are_refused_by_name(tmp_path):
     (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
     broken_text = pyarrow.array([b"\xff\xfe"] * 9, pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": broken_text}), tmp_path / "bytes.parquet")
-    (tmp_path / "empty.txt").write_text("")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"] * 9)] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [["a"]] * 9}), tmp_path / "list.parquet")
     (tmp_path / "number.jsonl").write_text('{"text": 1}\n')
     (tmp_path / "null.jsonl").write_text('{"text": null}\n')
     cases = {
@@ -282,57 +303,60 @@ def test_damaged_sources_are_refused_by_name(tmp_path):
         "other.jsonl": "line 1",
         "number.jsonl": "text_column",
         "null.jsonl": "no text",
-        "empty.txt": "no text",
+        "twice.parquet": "2 columns 'text'",
+        "list.parquet": "text_column",
         "deep.jsonl": "line 1",
         "bytes.parquet": "bytes.parquet",
     }
     for name, says in cases.items():
-        with pytest.raises(fineweb.DataError, match=says):
-            build("--input", name, "--shard_size", 10, "--out", "out")
-    with pytest.raises(fineweb.DataError, match="--text_column"):
-        build("--input", "whole.parquet", "--text_column", "body", "--shard_size", 10, "--out", "out")
+        with pytest.raises(DataError, match=says):
+            build("--input", name, "--shard_size", 10, "--out_dir", "out")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UsageError, match="1 tokens fill no second shard.*more text"):
+        build("--input", "empty.txt", "--shard_size", 10, "--out_dir", "out")
+    with pytest.raises(DataError, match="--text_column"):
+        build("--input", "whole.parquet", "--text_column", "body", "--shard_size", 10, "--out_dir", "out")
 
 
 def test_blank_lines_and_byte_order_marks_are_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\n\n  \n{"text": "two"}\n\n')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
-    build(
-        "--input", "a.jsonl", "--input", "b.txt", "a.jsonl", "*.jsonl", "--shard_size", 2, "--out", "out"
-    )  # each file once
+    names = ["a.jsonl", "b.txt", "./a.jsonl", "*.jsonl"]  # each file once
+    build("--input", *names, "--shard_size", 2, "--out_dir", "out")
     assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected_tokens(["one", "two", "three"])
 
 
 def test_a_file_that_changed_since_an_interruption_is_refused(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["one"] * 100)
-    build("--input", "a.jsonl", "--shard_size", 50, "--out", "out")
+    build("--input", "a.jsonl", "--shard_size", 50, "--out_dir", "out")
     write_jsonl(tmp_path / "a.jsonl", ["two"] * 100)
-    with pytest.raises(fineweb.UsageError, match="source"):
-        build("--input", "a.jsonl", "--shard_size", 50, "--out", "out")
+    with pytest.raises(UsageError, match="source"):
+        build("--input", "a.jsonl", "--shard_size", 50, "--out_dir", "out")
 
 
 def test_a_begun_directory_keeps_its_settings_and_its_shards(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
-    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
-    with pytest.raises(fineweb.UsageError, match="shard_size"):
-        build("--input", "a.jsonl", "--shard_size", 1001, "--out", "out")
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out")
+    with pytest.raises(UsageError, match="shard_size"):
+        build("--input", "a.jsonl", "--shard_size", 1001, "--out_dir", "out")
     write_jsonl(tmp_path / "b.jsonl", STRANGE)
-    with pytest.raises(fineweb.UsageError, match="source"):
-        build("--input", "b.jsonl", "--shard_size", 1000, "--out", "out")
+    with pytest.raises(UsageError, match="source"):
+        build("--input", "b.jsonl", "--shard_size", 1000, "--out_dir", "out")
     (tmp_path / "out" / "manifest.json").unlink()
-    with pytest.raises(fineweb.UsageError, match="manifest"):
-        build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    with pytest.raises(UsageError, match="manifest"):
+        build("--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out")
 
 
 def test_a_manifest_that_was_changed_by_hand_is_refused(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
-    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out")
     path = tmp_path / "out" / "manifest.json"
     whole = path.read_text()
     moved = re.sub(r'"token": (\d+)', lambda found: f'"token": {int(found[1]) + 1}', whole, count=1)
-    for damaged in ("", "[]", '{"shards": 3', "{}", whole[:-20], moved):
+    for damaged in ("", "[]", '{"shards": 3', "{}", whole[:-20], moved, "[" * 100_000, "null", '{"a":' * 100_000):
         path.write_text(damaged)
-        for flags in (["--verify", "out"], ["--input", "a.jsonl", "--shard_size", 1000, "--out", "out"]):
-            with pytest.raises(fineweb.DataError, match=r"manifest\.json was changed"):
+        for flags in (["--verify", "out"], ["--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out"]):
+            with pytest.raises(DataError, match=r"manifest\.json was changed"):
                 build(*flags)
     path.write_text(whole)
     build("--verify", "out")
@@ -340,7 +364,7 @@ def test_a_manifest_that_was_changed_by_hand_is_refused(tmp_path):
 
 def test_verify_reads_every_shard_again(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
-    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out")
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out")
     shard = tmp_path / "out" / "edufineweb_train_000002.npy"
     whole = shard.read_bytes()
     build("--verify", "out")
@@ -351,28 +375,28 @@ def test_verify_reads_every_shard_again(tmp_path, capsys):
         shard.unlink()
         if content is not None:
             shard.write_bytes(content)
-        with pytest.raises(fineweb.DataError, match="edufineweb_train_000002.npy"):
+        with pytest.raises(DataError, match="edufineweb_train_000002.npy"):
             build("--verify", "out")
     shard.write_bytes(whole)
     (tmp_path / "out" / "edufineweb_train_000009.npy").write_bytes(whole)
-    with pytest.raises(fineweb.DataError, match="edufineweb_train_000009.npy"):
+    with pytest.raises(DataError, match="edufineweb_train_000009.npy"):
         build("--verify", "out")
-    with pytest.raises(fineweb.DataError, match=r"no manifest\.json"):
+    with pytest.raises(DataError, match=r"no manifest\.json"):
         build("--verify", ".")
 
 
 def test_an_unfinished_directory_does_not_verify_and_a_changed_shard_in_it_is_refused(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
-    flags = ["--input", "a.jsonl", "--shard_size", 1000, "--out", "out"]
+    flags = ["--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out"]
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(fineweb, "summary", lambda counts: 1 / 0)
         build(*flags)
-    with pytest.raises(fineweb.DataError, match="not complete"):
+    with pytest.raises(DataError, match="not complete"):
         build("--verify", "out")
     shard = tmp_path / "out" / "edufineweb_train_000001.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + b"x")
-    with pytest.raises(fineweb.DataError, match="edufineweb_train_000001.npy"):
+    with pytest.raises(DataError, match="edufineweb_train_000001.npy"):
         build(*flags)
     shard.write_bytes(whole)
     build(*flags)
@@ -383,20 +407,20 @@ def test_an_unfinished_directory_does_not_verify_and_a_changed_shard_in_it_is_re
 def test_a_full_disk_is_one_line_and_leaves_the_shards_before_it(tmp_path, monkeypatch, number):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
     flags = ["--input", "a.jsonl", "--shard_size", 1000]
-    build(*flags, "--out", "whole")
+    build(*flags, "--out_dir", "whole")
     save = np.save
 
     def save_some(file, tokens):
-        if fineweb.shard_name(number) in file.name:
+        if shard_name(number) in file.name:
             file.write(bytes(100))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(file, tokens)
 
-    with monkeypatch.context() as patch, pytest.raises(fineweb.DataError, match="No space left.*same command again"):
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left.*same command again"):
         patch.setattr(np, "save", save_some)
-        build(*flags, "--out", "torn")
-    assert len(list((tmp_path / "torn").glob("*.npy"))) == number and not list((tmp_path / "torn").glob(".*"))
-    build(*flags, "--out", "torn")
+        build(*flags, "--out_dir", "torn")
+    assert len(list((tmp_path / "torn").glob("*.npy"))) == number and not list((tmp_path / "torn").glob("*.tmp"))
+    build(*flags, "--out_dir", "torn")
     assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
 
 
@@ -404,27 +428,56 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
     (tmp_path / "file").write_text("")
     for out in ("file", "file/inside", "/proc/inside"):
-        finished = run_script("fineweb.py", "--input", "a.jsonl", "--shard_size", 1000, "--out", out)
+        finished = run_script("fineweb.py", "--input", "a.jsonl", "--shard_size", 1000, "--out_dir", out)
         assert finished.returncode == 1 and out in finished.stderr and len(finished.stderr.splitlines()) == 1
+
+
+def test_prefetch_keeps_the_order_makes_few_items_ahead_and_passes_errors_on():
+    made = []
+
+    def items():
+        for number in range(5):
+            made.append(number)
+            yield number
+        raise ZeroDivisionError
+
+    received = []
+    with pytest.raises(ZeroDivisionError):
+        for number in fineweb.prefetch(items(), 2):
+            received.append(number)
+            time.sleep(0.05)
+            assert len(made) <= number + 3  # this one, and two more
+    assert received == [0, 1, 2, 3, 4]
+
+
+def test_prefetch_leaves_no_thread_behind_when_it_is_no_longer_asked():
+    before = threading.active_count()
+    numbers = fineweb.prefetch(iter(range(1000)), 2)
+    assert next(numbers) == 0 and threading.active_count() == before + 1
+    numbers.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("encoder", ["gigatoken", "tiktoken"])
 def test_either_encoder_gives_the_tokens_of_encode_ordinary(tmp_path, encoder):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
-    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "out", "--encoder", encoder)
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out", "--encoder", encoder)
     assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected_tokens(STRANGE)
 
 
 def test_auto_takes_gigatoken_where_it_is_installed(tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
-    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "with")
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "with")
     assert "encoding with gigatoken" in capsys.readouterr().out
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    build("--input", "a.jsonl", "--shard_size", 1000, "--out", "without")
+    build("--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "without")
     assert "encoding with tiktoken" in capsys.readouterr().out
     assert contents(tmp_path / "with") == contents(tmp_path / "without")
-    with pytest.raises(fineweb.UsageError, match="--encoder gigatoken is not installed"):
-        build("--input", "a.jsonl", "--shard_size", 1000, "--out", "refused", "--encoder", "gigatoken")
+    with pytest.raises(UsageError, match="--encoder gigatoken is not installed"):
+        build("--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "refused", "--encoder", "gigatoken")
 
 
 @pytest.mark.parametrize("document", [0, 4, 6])
@@ -435,69 +488,31 @@ def test_a_token_that_tiktoken_would_not_give_stops_the_run_and_names_the_docume
     load = fineweb.load_gigatoken
 
     class Wrong:
-        def encode_batch(self, batch):
-            encoded = load().encode_batch(batch)
+        def encode_batch(self, texts):
+            encoded = load().encode_batch(texts)
             encoded.layout.content.data[encoded.layout.offsets.data[document]] += 1
             return encoded
 
     monkeypatch.setattr(fineweb, "load_gigatoken", Wrong)
-    with pytest.raises(fineweb.DataError, match=rf"document {document} of a\.jsonl.*--encoder tiktoken"):
-        build("--input", "a.jsonl", "--shard_size", 10, "--out", "out", "--encoder", "gigatoken")
-    build("--input", "a.jsonl", "--shard_size", 10, "--out", "out", "--encoder", "tiktoken")
+    with pytest.raises(DataError, match=rf"document {document} of a\.jsonl.*--encoder tiktoken"):
+        build("--input", "a.jsonl", "--shard_size", 10, "--out_dir", "out", "--encoder", "gigatoken")
+    build("--input", "a.jsonl", "--shard_size", 10, "--out_dir", "out", "--encoder", "tiktoken")
     assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected_tokens(texts)
 
 
-def test_a_text_that_tiktoken_cannot_take_is_named(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", ["fine", "\n" * 1_000_000 + "x"])
-    for encoder in ("gigatoken", "tiktoken"):
-        with pytest.raises(fineweb.DataError, match=r"tiktoken cannot encode document 1 of a\.jsonl"):
-            build("--input", "a.jsonl", "--shard_size", 10, "--out", "out", "--encoder", encoder)
-
-
-ODD = "  \n\t\r\x0b\x1c\x1f\x85\xa0\u1680\u2003\u2028\u3000\u200b\u00adab'sé你🙂.0١²"
-
-
-def test_long_texts_are_parted_only_where_no_token_reaches_across():
-    generator = random.Random(0)
-    parted = 0
-    for _ in range(3000):
-        text = "".join(generator.choices(ODD, k=generator.randrange(60))).encode()
-        size = generator.randrange(1, 12)
-        parts = list(fineweb.split_parts(text[at : at + size] for at in range(0, len(text), size)))
-        assert b"".join(parts) == text and all(parts[1:])
-        assert [token for part in parts for token in encode(part.decode())] == encode(text.decode())
-        parted += len(parts) > 1
-    assert parted > 1000
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
-def test_a_document_that_is_read_in_parts_gives_the_same_shards_also_when_interrupted(tmp_path, monkeypatch, kind):
-    generator = random.Random(0)
-    texts = ["short", "".join(generator.choices(ODD + 20 * " word", k=20_000)), "", "another  " * 2000, "end"]
-    if kind == "txt":
-        for number, text in enumerate(texts):
-            (tmp_path / f"{number}.txt").write_bytes(text.encode())
-    else:
-        {"jsonl": write_jsonl, "parquet": write_parquet}[kind](tmp_path / f"a.{kind}", texts)
-    flags = ["--input", f"*.{kind}", "--shard_size", 1500]
-    build(*flags, "--out", "whole")
-    assert np.concatenate(read_directory(tmp_path / "whole")[1]).tolist() == expected_tokens(texts)
-    monkeypatch.setattr(fineweb, "LONGEST_TEXT", 1000)
-    monkeypatch.setattr(fineweb, "BATCH_BYTES", {"gigatoken": 3000, "tiktoken": 3000})
-    save, stop_at = fineweb.save_manifest, 0
-
-    def interrupted(directory, manifest):
-        save(directory, manifest)
-        if len(manifest["shards"]) == stop_at:
-            raise Interrupted
-
-    monkeypatch.setattr(fineweb, "save_manifest", interrupted)
-    for stop_at in range(1, len(read_directory(tmp_path / "whole")[1])):  # one more shard each time
-        with pytest.raises(Interrupted):
-            build(*flags, "--out", "parts", "--encoder", ["tiktoken", "gigatoken"][stop_at % 2])
-    monkeypatch.setattr(fineweb, "save_manifest", save)
-    build(*flags, "--out", "parts")
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+@pytest.mark.parametrize("space", [" ", "\n", "\u3000", "\t\xa0"])
+@pytest.mark.parametrize("encoder", ["gigatoken", "tiktoken"])
+def test_a_text_that_tiktoken_cannot_take_is_named_by_either_encoder(tmp_path, space, encoder):
+    texts = ["fine"] * 20
+    texts[3] = "a" + space * (1_000_000 // len(space)) + "b"
+    texts[7] = "the longest of all " * 250_000  # which is checked in any case
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    with pytest.raises(DataError, match=r"tiktoken cannot encode document 3 of a\.jsonl.*white space"):
+        build("--input", "a.jsonl", "--shard_size", 10, "--out_dir", "out", "--encoder", encoder)
+    texts[3] = "a" + space * (990_000 // len(space)) + "b"
+    write_jsonl(tmp_path / "b.jsonl", texts)
+    build("--input", "b.jsonl", "--shard_size", 1_000_000, "--out_dir", "out", "--encoder", encoder)
+    assert read_directory(tmp_path / "out")[0]["documents"] == 20
 
 
 @pytest.mark.slow
@@ -506,13 +521,13 @@ def test_25_kills_at_random_moments_end_in_the_same_bytes(tmp_path):
     write_parquet(tmp_path / "a.parquet", [" ".join(generator.choices(WORDS, k=400)) for _ in range(20_000)])
     command = [sys.executable, ROOT / "fineweb.py", "--input", "a.parquet", "--shard_size", "40000"]
     began = time.monotonic()
-    subprocess.run([*command, "--out", "whole"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "--out_dir", "whole"], check=True, stdout=subprocess.DEVNULL)
     longest = time.monotonic() - began
     kills = {"gigatoken": 0, "tiktoken": 0}
     attempt = 0
     while min(kills.values()) < 25:
         encoder = min(kills, key=kills.get)
-        process = subprocess.Popen([*command, "--out", f"torn{attempt}", "--encoder", encoder])
+        process = subprocess.Popen([*command, "--out_dir", f"torn{attempt}", "--encoder", encoder])
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(generator.uniform(0, longest))
         kills[encoder] += process.poll() is None
@@ -523,25 +538,21 @@ def test_25_kills_at_random_moments_end_in_the_same_bytes(tmp_path):
             assert contents(tmp_path / f"torn{attempt}") == contents(tmp_path / "whole")
             attempt += 1
     if attempt == 0 or (tmp_path / f"torn{attempt}").exists():
-        subprocess.run([*command, "--out", f"torn{attempt}"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, "--out_dir", f"torn{attempt}"], check=True, stdout=subprocess.DEVNULL)
         assert contents(tmp_path / f"torn{attempt}") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
-@pytest.mark.parametrize("kind", ["txt", "parquet"])
-def test_memory_stays_under_2_gib(tmp_path, kind):
-    """With 100M-token shards: one text file of 1.2 GB, or many documents of 20 MB in one row group."""
+def test_memory_stays_under_2_gib(tmp_path):
+    """With 100M-token shards, and documents of 4 MB in one row group."""
     generator = random.Random(0)
-    text = "\n".join(" ".join(generator.choices(WORDS, k=50)) for _ in range(100_000))
-    if kind == "txt":
-        with open(tmp_path / "a.txt", "w") as file:
-            for _ in range(1_200_000_000 // len(text)):
-                file.write(text)
-    else:
-        write_parquet(tmp_path / "a.parquet", [text] * (1_200_000_000 // len(text)), row_group_size=1000)
+    text = "\n".join(" ".join(generator.choices(WORDS, k=50)) for _ in range(20_000))
+    write_parquet(tmp_path / "a.parquet", [text] * (1_200_000_000 // len(text)), row_group_size=1000)
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb; fineweb.main(); "
     script += "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    command = [sys.executable, "-c", script, "--input", f"a.{kind}", "--out", "out"]
-    finished = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert int(finished.stdout.split()[-1]) < 2 * 2**20  # KiB; getrusage's would count this process's memory too
+    for encoder in ("gigatoken", "tiktoken"):
+        command = [sys.executable, "-c", script, "--input", "a.parquet", "--out_dir", encoder, "--encoder", encoder]
+        finished = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert int(finished.stdout.split()[-1]) < 2 * 2**20  # KiB; getrusage's would count this process's memory too
+    assert contents(tmp_path / "gigatoken") == contents(tmp_path / "tiktoken")

@@ -1,12 +1,12 @@
-"""The loop computes what it says: the same batches, losses and updates however the work is divided or interrupted."""
+"""The loop computes what it says: the same batches, losses and updates however the work is divided."""
 
+import copy
 import functools
-import gc
 import json
 import math
-import platform
-import resource
 import shutil
+import subprocess
+import sys
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -15,66 +15,72 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch.nn.attention import SDPBackend
+from conftest import ROOT, records, tiny_config
+from safetensors.torch import load_file
 
-import fineweb
+import hellaswag
 import plot
 import sample
-import tokenizer
 import train_gpt2
-from common import DataError, UsageError
-from model import GPT, PRESETS, GPTConfig
-from train_gpt2 import Batches, TrainConfig, World, batch_tokens, learning_rate, share, train
+from common import tokenizer
+from common.huggingface import load_gpt, save_gpt
+from common.processes import World
+from common.script import DataError, UsageError
+from common.shards import load_manifest, open_shards, save_manifest
+from model import GPT, GPTConfig
+from recipes import RECIPES, TrainConfig, fill_defaults, parse
+from train_gpt2 import Batches, batch_tokens, learning_rate, rank_slice, train, training_step
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
+SIZES = GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=16)
+ROWS = torch.randint(50257, (8, 17), generator=torch.Generator().manual_seed(0))  # a batch of 128 tokens
+DRAW = plot.draw
+
+pytestmark = pytest.mark.usefixtures("small_debug")
+
+COMPILES = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
+needs_compiler = pytest.mark.skipif(not COMPILES, reason="on a CPU, torch.compile needs g++ and Python's headers")
 
 
 @pytest.fixture(autouse=True)
-def small_preset(monkeypatch):
-    """The debug model, smaller."""
-    monkeypatch.setitem(PRESETS, "debug", GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=16))
+def no_picture(monkeypatch):
+    """Drawing would take longer than these runs."""
+    monkeypatch.setattr(plot, "draw", lambda directory: None)
 
 
 @pytest.fixture
-def config(make_shards):
-    """Settings of a run of seconds."""
-    return TrainConfig(
-        model="debug",
-        data_dir=str(make_shards(tokens=3000, shard_size=500)),
-        device="cpu",
-        dtype="float32",
-        batch_size=2,
-        block_size=16,
-        total_batch_size=128,
-        max_steps=8,
-        warmup_steps=2,
-        max_lr=1e-2,
-        eval_every=4,
-        sample_every=0,
-        save_every=4,
-        keep=10,
-    )
+def shards(make_shards):
+    """2,500 train tokens in five shards, and 500 to validate on."""
+    return make_shards(tokens=3000, shard_size=500)
 
 
-def records(directory, key):
-    return {record["step"]: record[key] for record in plot.read_log(directory / "log.jsonl") if key in record}
+def new_trainer(**changes):
+    """A trainer as at the start of a run."""
+    torch.manual_seed(0)
+    config = fill_defaults(tiny_config(**changes), CPU, SIZES)
+    return train_gpt2.make_trainer(config, ALONE, GPT(SIZES))
 
 
-def weights(directory):
-    return GPT.from_pretrained(directory).state_dict()
-
-
-def same(first, second):
-    return all(torch.equal(weight, second[name]) for name, weight in first.items())
-
-
-def stream(*lengths):
-    tokens = np.arange(sum(lengths)).astype(np.uint16)
-    return np.split(tokens, np.cumsum(lengths)[:-1])
+def bits_of(directory):
+    """The weights in a checkpoint, as they are on the disk."""
+    return (Path(directory) / "model.safetensors").read_bytes()
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+class MemoryShard(list):
+    """A shard's tokens, without a file."""
+
+    def read(self, start, stop):
+        return np.array(self[start:stop], dtype=np.uint16)
+
+
+def stream(*lengths):
+    """Shards of these lengths, whose tokens count up."""
+    starts = np.cumsum([0, *lengths])
+    return [MemoryShard(range(start, start + length)) for start, length in zip(starts, lengths, strict=False)]
 
 
 @pytest.mark.parametrize("lengths", [(1000,), (1, 1, 7, 500, 491), (333, 333, 334), tuple([10] * 100)])
@@ -106,7 +112,7 @@ def test_every_epoch_visits_each_row_once_and_later_ones_in_other_orders(shuffle
 
 def test_the_last_partial_batch_of_an_epoch_is_passed_over():
     batches = Batches(stream(257), block_size=8, seed=0, shuffle=False)  # 32 rows
-    rows, position = batches.at(30 * 8, 32)  # 2 rows are left, 4 are wanted
+    rows, position = batches.at(30 * 8, 32)  # 4 rows, where 2 are left
     assert position == 32 * 8 + 32
     expected, _ = batches.at(32 * 8, 32)
     assert torch.equal(rows, expected)
@@ -123,9 +129,9 @@ def test_a_position_alone_determines_the_batch():
 @pytest.mark.parametrize(("processes", "batch_size"), [(1, 1), (1, 24), (2, 3), (3, 4), (4, 6), (8, 1)])
 def test_the_tokens_of_a_step_do_not_depend_on_processes_or_micro_batch(processes, batch_size):
     rows = torch.arange(24 * 9).view(24, 9)
-    shares = [share(rows, batch_size, World(rank, processes, CPU)) for rank in range(processes)]
-    assert {part.shape for part in shares} == {(24 // batch_size // processes, batch_size, 9)}
-    together = torch.stack(shares, dim=1).reshape(24, 9)  # step by step, rank by rank
+    slices = [rank_slice(rows, batch_size, World(rank, processes, CPU)) for rank in range(processes)]
+    assert {part.shape for part in slices} == {(24 // batch_size // processes, batch_size, 9)}
+    together = torch.stack(slices, dim=1).reshape(24, 9)  # step by step, rank by rank
     assert torch.equal(together, rows)
 
 
@@ -157,285 +163,299 @@ def test_the_batch_grows_linearly_in_whole_units_to_its_full_size():
 
 
 def test_matrices_decay_and_biases_and_norms_do_not():
-    gpt = GPT(PRESETS["debug"])
+    gpt = GPT(SIZES)
     decay = {}
     for group in train_gpt2.make_optimizer(gpt, TrainConfig(max_lr=1e-3)).param_groups:
         decay.update({id(parameter): group["weight_decay"] for parameter in group["params"]})
-    assert len(decay) == len(list(gpt.parameters()))
     for name, parameter in gpt.named_parameters():
         matrix = name.endswith("weight") and "ln_" not in name
         assert decay[id(parameter)] == (0.1 if matrix else 0.0), name
 
 
-def gradients_of(config, rows):
+def sgd(gpt, config):
+    """Momentum that no scaler knows of."""
+    return torch.optim.SGD(gpt.parameters(), lr=config.max_lr, momentum=0.9)
+
+
+def two_rates(gpt, config):
+    """A base learning rate for the embeddings, and a tenth of it for the rest."""
+    embeddings = list(gpt.transformer.wte.parameters()) + list(gpt.transformer.wpe.parameters())
+    rest = list(gpt.transformer.h.parameters()) + list(gpt.transformer.ln_f.parameters())
+    groups = [{"params": embeddings, "lr": config.max_lr}, {"params": rest, "lr": config.max_lr / 10}]
+    return torch.optim.SGD(groups, momentum=0.9)
+
+
+def test_the_schedule_scales_each_groups_own_learning_rate(monkeypatch):
+    monkeypatch.setattr(train_gpt2, "make_optimizer", two_rates)
+    trainer = new_trainer(max_steps=6, warmup_steps=2)
+    for step in range(6):
+        training_step(trainer, ROWS)
+        first, second = [group["lr"] for group in trainer.state.optimizer.param_groups]
+        assert first == pytest.approx(learning_rate(trainer.config, step), rel=1e-12)
+        assert second == pytest.approx(first / 10, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("change", [lambda parameters: parameters[1:], lambda parameters: parameters + parameters[:1]])
+def test_an_optimizer_that_leaves_a_parameter_out_or_has_it_twice_is_refused(monkeypatch, change):
+    def incomplete(gpt, config):
+        return torch.optim.SGD(change(list(gpt.parameters())), lr=config.max_lr)
+
+    monkeypatch.setattr(train_gpt2, "make_optimizer", incomplete)
+    with pytest.raises(AssertionError, match="exactly one group"):
+        new_trainer()
+
+
+# ---- the training step -----------------------------------------------------------------------------------------------
+
+
+def step_gradients(rows, **changes):
     """The gradients that one optimizer step on these rows works with, and the loss and norm that it reports."""
-    torch.manual_seed(0)
-    trainer = train_gpt2.make_trainer(config, ALONE, GPT(PRESETS["debug"]))
-    caught = []
-    trainer.optimizer.step = lambda: caught.extend(p.grad.clone() for p in trainer.gpt.parameters())
-    loss, norm = train_gpt2.training_step(trainer, rows)
-    return caught, float(loss), float(norm)
+    trainer = new_trainer(**changes)
+    gradients = []
+    trainer.state.optimizer.step = lambda: gradients.extend(p.grad.clone() for p in trainer.state.gpt.parameters())
+    loss, norm = training_step(trainer, rows)
+    return gradients, loss, norm
 
 
-def test_gradients_of_four_micro_batches_equal_those_of_one(config):
-    rows = torch.randint(50257, (8, 17), generator=torch.Generator().manual_seed(0))
-    config = replace(train_gpt2.resolve(config, CPU), grad_clip=1e9)
-    four, four_loss, four_norm = gradients_of(replace(config, batch_size=2), rows)
-    one, one_loss, one_norm = gradients_of(replace(config, batch_size=8), rows)
+def test_gradients_of_four_micro_batches_equal_those_of_one():
+    four, four_loss, four_norm = step_gradients(ROWS, batch_size=2, grad_clip=0.0)
+    one, one_loss, one_norm = step_gradients(ROWS, batch_size=8, grad_clip=0.0)
     assert four_loss == pytest.approx(one_loss, abs=1e-5) and four_norm == pytest.approx(one_norm, rel=1e-4)
     for first, second in zip(four, one, strict=True):
         assert torch.allclose(first, second, rtol=1e-3, atol=1e-6)
 
 
-def test_gradients_are_reduced_once_a_step_with_the_last_micro_batch(config):
-    trainer = train_gpt2.make_trainer(train_gpt2.resolve(config, CPU), ALONE, GPT(PRESETS["debug"]))
+def test_gradients_are_reduced_once_a_step_with_the_last_micro_batch():
+    trainer = new_trainer()
     reduced = []
-    trainer.gpt.register_forward_pre_hook(lambda *_: reduced.append(trainer.model.require_backward_grad_sync))
-    train_gpt2.training_step(trainer, torch.zeros(8, 17, dtype=torch.long))
+    trainer.state.gpt.register_forward_pre_hook(lambda *_: reduced.append(trainer.model.require_backward_grad_sync))
+    training_step(trainer, ROWS)
     assert reduced == [False, False, False, True]  # what DistributedDataParallel reads as its forward pass begins
 
 
-def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(config):
-    rows = torch.randint(50257, (8, 17), generator=torch.Generator().manual_seed(0))
-    config = train_gpt2.resolve(config, CPU)
-    free, _, norm = gradients_of(replace(config, grad_clip=1e9), rows)
-    clipped, _, reported = gradients_of(replace(config, grad_clip=norm / 10), rows)
+def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported():
+    free, _, norm = step_gradients(ROWS, grad_clip=0.0)
+    clipped, _, reported = step_gradients(ROWS, grad_clip=norm / 10)
     assert reported == pytest.approx(norm, rel=1e-5)
     assert math.sqrt(sum(g.square().sum().item() for g in clipped)) == pytest.approx(norm / 10, rel=1e-3)
     for before, after in zip(free, clipped, strict=True):
         assert torch.allclose(before / 10, after, rtol=1e-3, atol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.fixture
+def spoil(monkeypatch):
+    """Make a step's loss or a gradient not finite while the list it returns holds a factor, nan or inf."""
+    factors = []
+    accumulate = train_gpt2.accumulate_gradients
+
+    def accumulate_spoiled(trainer, micro_batches, of):
+        loss = accumulate(trainer, micro_batches)
+        for factor in factors:
+            spoiled = loss if of == "loss" else trainer.state.gpt.transformer.ln_f.bias.grad
+            spoiled *= factor
+        return loss
+
+    def start(of):
+        monkeypatch.setattr(train_gpt2, "accumulate_gradients", functools.partial(accumulate_spoiled, of=of))
+        return factors
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [(train_gpt2.make_optimizer, "float32"), (train_gpt2.make_optimizer, "float16"), (sgd, "float32")],
+)
+@pytest.mark.parametrize("of", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(config, dtype, value):
-    config = replace(train_gpt2.resolve(config, CPU), dtype=dtype)
-    trainer = train_gpt2.make_trainer(config, ALONE, GPT(PRESETS["debug"]))
-    rows = torch.randint(50257, (8, 17), generator=torch.Generator().manual_seed(0))
+def test_a_step_that_is_not_finite_changes_nothing_with_any_optimizer(monkeypatch, spoil, optimizer, dtype, of, value):
+    monkeypatch.setattr(train_gpt2, "make_optimizer", optimizer)
+    trainer, factors = new_trainer(dtype=dtype), spoil(of)
+    state = trainer.state
+    while not state.optimizer.state:  # the scale that fp16 begins with is too large
+        training_step(trainer, ROWS)
 
-    def state():
-        return {k: v.clone() for k, v in (trainer.gpt.state_dict() | train_gpt2.state_tensors(trainer)).items()}
+    def snapshot():
+        return copy.deepcopy([state.gpt.state_dict(), state.optimizer.state_dict()["state"]])
 
-    while trainer.scaler.is_enabled() and not trainer.optimizer.state:  # the scale that fp16 begins with is too large
-        train_gpt2.training_step(trainer, rows)
-        if trainer.skipped[1]:
-            trainer.optimizer.state.clear()
-    train_gpt2.training_step(trainer, rows)
-    before, (skipped, _, most) = state(), trainer.skipped.tolist()
-    hook = trainer.gpt.transformer.ln_f.bias.register_hook(lambda gradient: gradient * value)
+    before, skipped = snapshot(), state.skipped
+    factors.append(value)
     for times in (1, 2):
-        _, norm = train_gpt2.training_step(trainer, rows)
-        assert not norm.isfinite() and same(before, state())
-        assert trainer.skipped.tolist()[:2] == [skipped + times, times]
-    hook.remove()
-    train_gpt2.training_step(trainer, rows)
-    assert trainer.skipped.tolist() == [skipped + 2, 0, max(2, most)] and not same(before, state())
+        loss, norm = training_step(trainer, ROWS)
+        assert not (math.isfinite(loss) and math.isfinite(norm))
+        assert (state.skipped, state.skipped_in_a_row) == (skipped + times, times)
+    torch.testing.assert_close(snapshot(), before, rtol=0, atol=0)
+    factors.clear()
+    training_step(trainer, ROWS)
+    assert (state.skipped, state.skipped_in_a_row) == (skipped + 2, 0)
+    assert not torch.equal(state.gpt.lm_head.weight, before[0]["lm_head.weight"])
+
+
+def test_the_padding_of_the_vocabulary_stays_zero_in_weights_and_moments():
+    trainer = new_trainer(weight_decay=0.1)
+    for _ in range(4):
+        training_step(trainer, ROWS)
+    embedding = trainer.state.gpt.lm_head.weight
+    moments = trainer.state.optimizer.state[embedding]
+    assert len(embedding) == 50304 and embedding[:50257].any()
+    for tensor in (embedding, moments["exp_avg"], moments["exp_avg_sq"]):
+        assert not tensor[50257:].any()
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+BACKENDS = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
+
+
+def enabled_backends():
+    return tuple(name for name in BACKENDS if getattr(torch.backends.cuda, name)())
+
+
+def write_hellaswag(path, count=4):
+    """A file of examples whose right ending is the first."""
+    endings = ["is wet.", "sings a song.", "is.", "runs away."]
+    example = {"ctx": "A man sits. he", "ctx_a": "A man sits.", "ctx_b": "he", "activity_label": "Sitting"}
+    lines = [json.dumps(example | {"endings": endings, "label": 0, "ind": number}) for number in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def hellaswag_file(tmp_path, monkeypatch):
+    """A few examples in place of HellaSwag's."""
+    write_hellaswag(tmp_path / "examples.jsonl")
+    monkeypatch.setattr(hellaswag, "FILE", tmp_path / "examples.jsonl")
+    monkeypatch.setattr(hellaswag, "download", lambda: hellaswag.FILE)
+
+
+@pytest.mark.parametrize("attention", ["flash", "math"])
+def test_only_the_chosen_attention_backend_is_enabled_in_training_and_evaluation(
+    shards, hellaswag_file, monkeypatch, attention
+):
+    seen = set()
+    hidden = GPT.hidden
+
+    def watched(gpt, idx, positions=None, mask=None, caches=None):
+        work = "training" if torch.is_grad_enabled() else "validation"
+        work = "hellaswag" if mask is not None else "samples" if caches else work
+        seen.add((work, enabled_backends()))
+        return hidden(gpt, idx, positions, mask, caches)
+
+    monkeypatch.setattr(GPT, "hidden", watched)
+    before = enabled_backends()
+    train(tiny_config(attention=attention, max_steps=2, hellaswag_every=2, sample_every=2))
+    works = ("training", "validation", "hellaswag", "samples")
+    assert seen == {(work, (f"{attention}_sdp_enabled",)) for work in works}
+    assert enabled_backends() == before
+
+
+def test_the_choice_of_a_backend_ends_with_the_run(shards):
+    before = torch.compiler.config.cache_key_tag
+    train(tiny_config(attention="math", max_steps=2))
+    assert torch.compiler.config.cache_key_tag == before
+
+
+def test_every_attention_backend_gives_the_same_losses_and_may_be_changed_on_resuming(shards, tmp_path):
+    for attention in ("flash", "math"):
+        train(tiny_config(attention=attention, out_dir=attention))
+    expected, losses = records(tmp_path / "flash"), records(tmp_path / "math")
+    assert losses == pytest.approx(expected, abs=1e-4)
+    shutil.rmtree(tmp_path / "math" / "step_000008")
+    train(tiny_config(attention="flash", out_dir="math", resume=True))
+    assert records(tmp_path / "math") == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_attention_backend_that_the_device_lacks_is_refused(shards, tmp_path):
+    with pytest.raises(UsageError, match="--attention cudnn .* cpu"):
+        train(tiny_config(attention="cudnn"))
+    assert not (tmp_path / "log").exists()
+
+
+PROFILED_RUN = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import model, torch, train_gpt2
+from conftest import tiny_config
+model.PRESETS["debug"] = model.GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16)
+with torch.profiler.profile() as profile:
+    train_gpt2.train(tiny_config(attention={attention!r}, out_dir={attention!r}, max_steps=2, compile=True))
+print("flash" if any("flash_attention" in event.key for event in profile.key_averages()) else "no flash")
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiled_model_is_never_the_one_that_was_compiled_for_another_backend(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # as empty as on a new machine
+    for attention, kernel in (("flash", "flash"), ("math", "no flash"), ("flash", "flash")):
+        shutil.rmtree(tmp_path / attention, ignore_errors=True)
+        program = PROFILED_RUN.format(root=str(ROOT), attention=attention)
+        finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stdout.splitlines()[-1] == kernel
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_and_leaves_a_checkpoint_a_log_and_a_picture(config, tmp_path, capsys):
-    train(replace(config, max_steps=24, eval_every=8, sample_every=24))
-    losses, val = records(tmp_path / "log", "loss"), records(tmp_path / "log", "val_loss")
+def test_a_run_learns_and_leaves_a_checkpoint_a_log_and_a_picture(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plot, "draw", DRAW)
+    train(tiny_config(max_steps=24, eval_every=8, sample_every=24, save_every=0))
+    losses, val = records(tmp_path / "log"), records(tmp_path / "log", "val_loss")
     assert list(losses) == list(range(1, 25)) and list(val) == [0, 8, 16, 24]
-    assert abs(losses[1] - math.log(50304)) < 0.2 and losses[24] < losses[1] - 2 and val[24] < val[8] < val[0]
+    assert abs(losses[1] - math.log(50257)) < 0.2 and losses[24] < losses[1] - 2 and val[24] < val[8] < val[0]
     assert (tmp_path / "log" / "loss.png").read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in (tmp_path / "log" / "step_000024").iterdir()}
     assert names == {
         *("config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json", "README.md"),
         *("optimizer.safetensors", "trainer.json", "MANIFEST.json"),
     }
+    assert len(load_file(tmp_path / "log" / "step_000024" / "model.safetensors")["transformer.wte.weight"]) == 50257
     printed = capsys.readouterr().out
-    decayed = sum(w.numel() for w in GPT(GPTConfig(16, n_layer=2, n_head=2, n_embd=16)).parameters() if w.dim() > 1)
-    for words in (
-        "cpu",
-        "float32",
-        "4 accumulation steps",
-        f"{decayed:,}",
-        "10.8258",
-        "--model",
-        "n/a",
-        "Hello, I'm a",
-    ):
+    decayed = sum(weight.numel() for weight in GPT(SIZES).parameters() if weight.dim() > 1)
+    for words in ("1 x cpu", "float32", "4 accumulation steps", f"{decayed:,}", "10.8249", "--model", "Hello, I'm a"):
         assert words in printed, words
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_n_plus_n_steps_equal_2n_bit_for_bit(config, tmp_path, shuffle):
-    """Across the end of an epoch (19 batches), inside the ramp, and in any order of the rows."""
-    config = replace(config, initial_batch_size=64, batch_ramp_tokens=1500, max_steps=32, save_every=8, shuffle=shuffle)
-    train(config)
-    for begun in (8, 24):
-        shutil.copytree(tmp_path / "log", tmp_path / f"log{begun}")
-        for step, directory in train_gpt2.checkpoints(tmp_path / f"log{begun}").items():
-            if step > begun:
-                shutil.rmtree(directory)
-        train(replace(config, out_dir=f"log{begun}", resume=True))
-        logs = [plot.read_log(tmp_path / log / "log.jsonl") for log in ("log", f"log{begun}")]
-        starts = [[record["step"] for record in log if "launch" in record] for log in logs]
-        assert starts == [[0], [0, begun]]
-        first, second = ([record for record in log if "launch" not in record] for log in logs)
-        for key in ("step", "loss", "val_loss", "norm", "lr", "position", "batch"):
-            assert [record.get(key) for record in first] == [record.get(key) for record in second], key
-        for name in ("optimizer.safetensors", "model.safetensors"):
-            first, second = (tmp_path / log / "step_000032" / name for log in ("log", f"log{begun}"))
-            assert first.read_bytes() == second.read_bytes()
+def test_settings_from_python_need_no_model(shards, tmp_path):
+    train(replace(tiny_config(max_steps=1), model=None))
+    assert load_gpt(tmp_path / "log" / "step_000001").config == SIZES
 
 
-def test_the_schedule_may_be_prolonged_where_the_steps_done_stay_as_they_were(config, tmp_path):
-    constant = replace(config, min_lr=1e-2, warmup_steps=0)
-    train(constant)
-    train(replace(constant, max_steps=12, resume=True))
-    train(replace(constant, max_steps=12, out_dir="whole"))
-    assert same(weights(tmp_path / "log" / "step_000012"), weights(tmp_path / "whole" / "step_000012"))
-    train(replace(config, out_dir="cosine"))
-    with pytest.raises(UsageError, match="--max_steps"):
-        train(replace(config, out_dir="cosine", max_steps=12, resume=True))
+def test_lines_are_logged_as_often_as_asked_and_nothing_else_changes(shards, tmp_path):
+    train(tiny_config(max_steps=7))
+    train(tiny_config(max_steps=7, log_every=3, out_dir="seldom"))
+    often, seldom = records(tmp_path / "log"), records(tmp_path / "seldom")
+    assert seldom == {step: often[step] for step in (3, 6, 7)}
+    assert records(tmp_path / "log", "val_loss") == records(tmp_path / "seldom", "val_loss")
 
 
-def test_fp16_trains_with_a_scaler_and_resumes_bit_for_bit(config, tmp_path, monkeypatch):
-    quickly_growing = functools.partial(torch.amp.GradScaler, growth_interval=3)  # so that its state matters
-    monkeypatch.setattr(torch.amp, "GradScaler", quickly_growing)
-    config = replace(config, dtype="float16")
-    train(config)
-    shutil.copytree(tmp_path / "log", tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "step_000008")
-    train(replace(config, out_dir="again", resume=True))
-    assert records(tmp_path / "log", "loss") == records(tmp_path / "again", "loss")
-    states = [json.loads((tmp_path / log / "step_000008" / "trainer.json").read_text()) for log in ("log", "again")]
-    assert states[0]["scaler"] == states[1]["scaler"] and states[0]["scaler"]["scale"] != 65536
-    assert same(weights(tmp_path / "log" / "step_000008"), weights(tmp_path / "again" / "step_000008"))
-
-
-def test_resuming_nothing_starts_and_a_finished_run_is_left_alone(config, tmp_path, capsys):
-    train(replace(config, resume=True))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "log").rglob("*")}
-    train(replace(config, resume=True))
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "log").rglob("*")}
-    assert "finished" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "trainer.json", "MANIFEST.json"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(config, tmp_path, capsys, file):
-    train(config)
-    expected = weights(tmp_path / "log" / "step_000008")
-    path = tmp_path / "log" / "step_000008" / file
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    train(replace(config, resume=True))
-    printed = capsys.readouterr().out
-    assert "passing over the checkpoint log/step_000008" in printed and "resuming from log/step_000004" in printed
-    assert (
-        same(expected, weights(tmp_path / "log" / "step_000008")) and list(records(tmp_path / "log", "loss"))[-1] == 8
-    )
-    for directory in train_gpt2.checkpoints(tmp_path / "log").values():
-        (directory / file).unlink()
-    for _ in range(2):
-        with pytest.raises(DataError, match="whole"):
-            train(replace(config, resume=True))
-
-
-def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
-    train(replace(config, save_every=2, keep=2))
-    assert sorted(path.name for path in (tmp_path / "log").glob("step_*")) == ["step_000006", "step_000008"]
-    assert not list((tmp_path / "log").glob(".*"))
-
-
-def test_a_damaged_newer_checkpoint_never_costs_a_good_one(config, tmp_path):
-    train(replace(config, save_every=2))
-    for step in (4, 6, 8):
-        (tmp_path / "log" / f"step_{step:06d}" / "model.safetensors").write_bytes(b"")
-    train(replace(config, save_every=5, keep=2, resume=True))
-    assert list(train_gpt2.checkpoints(tmp_path / "log")) == [8, 5]
-    assert all(train_gpt2.damage(path) is None for path in train_gpt2.checkpoints(tmp_path / "log").values())
-
-
-def test_milestones_are_kept_for_ever(config, tmp_path):
-    train(replace(config, save_every=2, keep=1, milestone_every=3))
-    assert list(train_gpt2.checkpoints(tmp_path / "log")) == [8, 6, 3]
-
-
-def test_copies_of_checkpoints_and_other_files_are_left_alone(config, tmp_path):
-    train(replace(config, save_every=2, keep=1))
-    others = ["step_000008.bak", "step_000008_2", "step_8"]
-    for name in others:
-        shutil.copytree(tmp_path / "log" / "step_000008", tmp_path / "log" / name)
-    (tmp_path / "log" / "step_000010").write_text("a file")
-    (tmp_path / "log" / "step_000008" / "MANIFEST.json").unlink()
-    (tmp_path / "log" / "step_000008").rename(tmp_path / "log" / "step_000006")
-    shutil.copytree(tmp_path / "log" / "step_8", tmp_path / "log" / "step_000004")
-    train(replace(config, resume=True))
-    assert all((tmp_path / "log" / name).exists() for name in [*others, "step_000010"])
-
-
-def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint_and_no_remains(config, tmp_path):
-    config = replace(config, min_lr=1e-2, warmup_steps=0)
-    train(replace(config, max_steps=4))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, before[1]))  # optimizer.safetensors is larger
-    try:
-        with pytest.raises(DataError, match="step 8 could not be saved.*optimizer.safetensors.*--resume"):
-            train(replace(config, resume=True))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list((tmp_path / "log").glob(".*"))
-    train(replace(config, resume=True))
-    assert list(train_gpt2.checkpoints(tmp_path / "log")) == [8, 4]
-
-
-def test_a_disk_that_fills_for_a_while_does_not_stop_training(config, tmp_path, monkeypatch, capsys):
-    save_tensors, attempts = train_gpt2.save_tensors, []
-
-    def fail_once(path, tensors):
-        attempts.append(path)
-        if len(attempts) == 2:
-            path.write_bytes(b"some")
-            raise OSError("No space left on device")
-        save_tensors(path, tensors)
-
-    monkeypatch.setattr(train_gpt2, "save_tensors", fail_once)
-    train(replace(config, save_every=2))
-    assert "warning: step 4 could not be saved: No space left" in capsys.readouterr().out
-    assert list(train_gpt2.checkpoints(tmp_path / "log")) == [8, 6, 2] and not list((tmp_path / "log").glob(".*"))
-
-
-def test_a_loss_that_is_not_finite_is_null_in_the_log(tmp_path):
-    plot.Log(tmp_path, plot.Tracker("none", "", {}, 0), {"step": 0}, True).write(
-        "", step=1, loss=math.nan, norm=math.inf, lr=0.1
-    )
-    assert plot.read_log(tmp_path / "log.jsonl") == [{"step": 0}, {"step": 1, "loss": None, "norm": None, "lr": 0.1}]
-    plot.draw(tmp_path)
-
-
-def test_the_validation_loss_does_not_depend_on_the_micro_batch(config):
-    config = train_gpt2.resolve(config, CPU)
-    val = np.load(f"{config.data_dir}/edufineweb_val_000000.npy")
-    torch.manual_seed(0)
-    gpt = GPT(PRESETS["debug"])
-    for limit in (160, 10**6):
-        count = min(limit, len(val) - 1) // 16
-        rows = torch.from_numpy(val[: count * 16 + 1].astype(np.int64))
+def test_the_validation_loss_does_not_depend_on_the_micro_batch(shards):
+    val = open_shards(shards).val
+    gpt = new_trainer().state.gpt
+    for val_tokens in (160, 10**6):
+        count = min(val_tokens, len(val) - 1) // 16
+        rows = torch.from_numpy(val.read(0, count * 16 + 1).astype(np.int64))
         _, expected = gpt(rows[:-1].view(-1, 16), rows[1:].view(-1, 16))
         for batch_size in (1, 3, 7, 64):
-            trainer = train_gpt2.make_trainer(replace(config, batch_size=batch_size, val_tokens=limit), ALONE, gpt)
-            assert train_gpt2.validation_loss(trainer, val) == pytest.approx(expected.item(), abs=1e-5)
+            config = fill_defaults(tiny_config(batch_size=batch_size, val_tokens=val_tokens), CPU, SIZES)
+            trainer = train_gpt2.make_trainer(config, ALONE, gpt)
+            scores = train_gpt2.validation_loss(trainer, val)
+            assert scores == {"val_loss": pytest.approx(expected.item(), abs=1e-5)}
 
 
-def losses_of_a_plain_loop(config):
-    """What `train` logs, by the definition: whole logits in fp32, AdamW without fusing, nothing compiled."""
-    config = train_gpt2.resolve(config, CPU)
-    shards = train_gpt2.open_shards(config, ALONE)
-    batches = Batches(shards.train, config.block_size, config.seed, config.shuffle)
+def losses_of_a_plain_loop(config, shards):
+    """What `train` logs, by the definition: whole batches in fp32, AdamW without fusing, nothing compiled."""
+    batches = Batches(open_shards(shards).train, config.block_size, config.seed, config.shuffle)
     torch.manual_seed(config.seed)
-    gpt, position, losses = GPT(replace(PRESETS["debug"], block_size=config.block_size)), 0, {}
+    gpt, position, losses = GPT(SIZES), 0, {}
     groups = train_gpt2.make_optimizer(gpt, config).param_groups
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
     for step in range(config.max_steps):
         rows, position = batches.at(position, config.total_batch_size)
-        logits = gpt.lm_head(gpt.hidden(rows[:, :-1]))
+        logits = gpt.logits(gpt.hidden(rows[:, :-1]))
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.grad_clip)
@@ -448,78 +468,21 @@ def losses_of_a_plain_loop(config):
 
 
 @pytest.mark.parametrize(
-    ("speed_ups", "tolerance"),
+    ("dtype", "compile", "tolerance"),
     [
-        ({"dtype": "float32"}, 1e-4),
-        ({"dtype": "float32", "compile": True}, 1e-4),
-        ({"dtype": "bfloat16"}, 0.02),
-        ({"dtype": "bfloat16", "compile": True}, 0.02),
+        ("float32", False, 1e-4),
+        ("bfloat16", False, 0.02),
+        pytest.param("float32", True, 1e-4, marks=[pytest.mark.slow, needs_compiler]),
+        pytest.param("bfloat16", True, 0.02, marks=[pytest.mark.slow, needs_compiler]),
     ],
 )
-def test_30_steps_with_the_speed_ups_have_the_losses_of_a_plain_loop(config, tmp_path, speed_ups, tolerance):
-    compiler, headers = shutil.which("g++") or shutil.which("clang++"), Path(sysconfig.get_path("include"), "Python.h")
-    if "compile" in speed_ups and not (compiler and headers.exists()):
-        pytest.skip("on a CPU, torch.compile needs a C++ compiler and Python's headers")
-    config = replace(config, max_steps=30, eval_every=30)
-    plain = losses_of_a_plain_loop(config)
-    train(replace(config, **speed_ups))
-    fast = records(tmp_path / "log", "loss")
+def test_30_steps_with_the_speed_ups_have_the_losses_of_a_plain_loop(shards, tmp_path, dtype, compile, tolerance):
+    config = fill_defaults(tiny_config(max_steps=30, eval_every=30, save_every=0), CPU, SIZES)
+    plain = losses_of_a_plain_loop(config, shards)
+    train(replace(config, dtype=dtype, compile=compile))
+    fast = records(tmp_path / "log")
     assert plain[30] < plain[1] - 2 and fast.keys() == plain.keys()
     assert max(abs(fast[step] - plain[step]) for step in plain) < tolerance
-
-
-def test_a_gpus_attention_is_the_leaders_fastest(config, monkeypatch, capsys):
-    gpt = GPT(PRESETS["debug"])
-    trainer = train_gpt2.make_trainer(train_gpt2.resolve(config, CPU), ALONE, gpt)
-    able = {kernel: train_gpt2.attention_seconds(trainer, kernel) < math.inf for kernel in train_gpt2.ATTENTION_KERNELS}
-    assert able == {"FLASH_ATTENTION": True, "CUDNN_ATTENTION": False, "EFFICIENT_ATTENTION": False, "MATH": True}
-    x = torch.randint(50257, (2, 8))
-    trainer.world = World(0, 1, torch.device("cuda"))  # for the choice alone, which needs no GPU
-    seconds = {"FLASH_ATTENTION": 3.0, "CUDNN_ATTENTION": math.inf, "EFFICIENT_ATTENTION": 2.0, "MATH": 1.0}
-    monkeypatch.setattr(train_gpt2, "attention_seconds", lambda _, kernel: seconds[kernel])
-    with train_gpt2.fastest_attention(trainer):
-        assert trainer.attention == "MATH" and gpt(x)[0].shape == (2, 8, 50304)
-        assert torch._C._get_sdp_priority_order()[0] == SDPBackend.MATH.value
-    others = World(1, 2, torch.device("cuda"))
-    monkeypatch.setattr(World, "sum", lambda world, values: values + 2)  # the leader's choice
-    trainer.world, trainer.attention = others, None
-    with train_gpt2.fastest_attention(trainer):
-        assert trainer.attention == "EFFICIENT_ATTENTION"
-
-
-def test_a_resumed_run_keeps_the_attention_kernel_it_began_with(config, monkeypatch):
-    make = train_gpt2.make_trainer
-    seen = []
-
-    def with_a_choice(*given):
-        seen.append(make(*given))
-        if len(seen) == 1:
-            seen[0].attention = "MATH"
-        return seen[-1]
-
-    monkeypatch.setattr(train_gpt2, "make_trainer", with_a_choice)
-    train(replace(config, max_steps=4))
-    train(replace(config, max_steps=4, resume=True))
-    assert len(seen) == 2 and seen[1].attention == "MATH"
-
-
-def test_no_garbage_is_collected_within_a_step_and_all_is_at_an_evaluation(config, monkeypatch):
-    step, enabled, collected = train_gpt2.training_step, [], []
-    monkeypatch.setattr(train_gpt2, "training_step", lambda *given: (enabled.append(gc.isenabled()), step(*given))[1])
-    monkeypatch.setattr(train_gpt2.gc, "collect", lambda: collected.append(len(enabled)))
-    train(config)
-    assert enabled == [False] * 8 and {0, 4, 8} <= {*collected} and gc.isenabled()
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such settings")
-def test_the_memory_of_a_step_on_a_cpu_is_kept_for_the_next(config):
-    config = train_gpt2.resolve(replace(config, batch_size=16, total_batch_size=512), CPU)
-    trainer = train_gpt2.make_trainer(config, ALONE, GPT(PRESETS["debug"]))
-    rows, faults = torch.randint(50257, (16, 33)), [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
-    for _ in range(8):
-        train_gpt2.training_step(trainer, rows)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    assert min(np.diff(faults)) < 20  # with huge pages too, the logits alone would have more
 
 
 @pytest.mark.parametrize(
@@ -532,7 +495,7 @@ def test_the_memory_of_a_step_on_a_cpu_is_kept_for_the_next(config):
     ],
 )
 def test_running_out_of_memory_names_the_flag_in_one_line(monkeypatch, error):
-    def run_out(_):
+    def run_out(config):
         raise error
 
     monkeypatch.setattr(train_gpt2, "train", run_out)
@@ -541,81 +504,78 @@ def test_running_out_of_memory_names_the_flag_in_one_line(monkeypatch, error):
     assert "\n" not in str(raised.value)
 
 
-def test_a_checkpoint_loads_in_transformers_and_says_the_same(config, tmp_path):
-    train(replace(config, block_size=32))
+def test_a_checkpoint_loads_in_transformers_and_says_the_same(shards, tmp_path):
+    train(tiny_config(block_size=32))
     directory, prompt = tmp_path / "log" / "step_000008", "he was on the"
-    theirs, gpt = transformers.AutoModelForCausalLM.from_pretrained(directory), GPT.from_pretrained(directory)
+    theirs, gpt = transformers.AutoModelForCausalLM.from_pretrained(directory), load_gpt(directory)
     ids = transformers.AutoTokenizer.from_pretrained(directory)(prompt, return_tensors="pt")["input_ids"]
     assert ids.tolist() == [tokenizer.encode(prompt)]
     with torch.no_grad():
         assert (theirs(ids).logits - gpt(ids)[0]).abs().max() < 1e-4
-    settings = sample.SampleConfig(checkpoint=str(directory), temperature=0, max_new_tokens=20)
+    settings = sample.SampleConfig(temperature=0, max_new_tokens=20)
     write = transformers.pipeline("text-generation", model=str(directory))
     written = write(prompt, max_new_tokens=20, do_sample=False)[0]["generated_text"]
     assert written == prompt + "".join(sample.continuation(gpt, settings, prompt))
     assert json.loads((directory / "config.json").read_text())["n_ctx"] == 32  # for llama.cpp's converter
 
 
-def test_a_model_card_tells_how_the_model_was_made_and_how_good_it_is(config, tmp_path):
-    train(replace(config, total_batch_size=1024))  # of which two make an epoch, and the rest of it is passed over
+def test_a_model_card_tells_how_the_model_was_made_and_how_good_it_is(shards, tmp_path):
+    train(tiny_config(total_batch_size=1024))  # of which two make an epoch, and the rest of it is passed over
     card = (tmp_path / "log" / "step_000008" / "README.md").read_text()
     _, head, body = card.split("---\n", 2)
     loss, val = (records(tmp_path / "log", key)[8] for key in ("loss", "val_loss"))
-    assert "library_name: transformers" in head and f"| validation loss | 8 | {val:.4f} |" in body
+    assert "library_name: transformers" in head and f"| val_loss | 8 | {val:.4f} |" in body
     assert f"| training loss | 8 | {loss:.4f} |" in body and "8,192 tokens" in body and "random weights" in body
+    parameters = sum(weight.numel() for weight in GPT(SIZES).parameters()) - 47 * SIZES.n_embd
+    assert f"{parameters:,} parameters" in body  # without the 47 rows of padding
     assert "source.jsonl" in body and "from transformers import pipeline" in body
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
 
+TUNING = [
+    *"--init_from log --out_dir tuned --data_dir shards --device cpu --dtype float32 --batch_size 2".split(),
+    *"--total_batch_size 128 --max_steps 8 --warmup_steps 2 --eval_every 4 --save_every 4 --sample_every 0".split(),
+]
 
-@pytest.fixture
-def tuning(config):
-    """Settings of a run that begins with another's weights."""
-    return replace(config, model=None, init_from="log/step_000008", out_dir="tuned", max_lr=None, block_size=None)
 
-
-def test_training_begins_with_the_weights_of_another_run_and_resumes_bit_for_bit(config, tuning, tmp_path, capsys):
-    train(config)
+def test_training_begins_with_the_weights_of_another_runs_newest_checkpoint(shards, tmp_path, capsys):
+    train(tiny_config())
     capsys.readouterr()
-    train(tuning)
-    val, loss = (records(tmp_path / "tuned", key) for key in ("val_loss", "loss"))
+    train_gpt2.main(TUNING)
+    val = records(tmp_path / "tuned", "val_loss")
     assert val[0] == records(tmp_path / "log", "val_loss")[8] and val[8] < val[0]
-    lr = [record["lr"] for record in plot.read_log(tmp_path / "tuned" / "log.jsonl") if "lr" in record]
-    assert max(lr) == train_gpt2.RECIPES["debug"].max_lr / 10
+    assert max(records(tmp_path / "tuned", "lr").values()) == pytest.approx(RECIPES["debug"].max_lr / 10)
     printed = capsys.readouterr().out
-    assert "model log/step_000008 on" in printed and "expected first loss" not in printed
-    assert "Begun with log/step_000008" in (tmp_path / "tuned" / "step_000008" / "README.md").read_text()
-    expected = weights(tmp_path / "tuned" / "step_000008")
-    shutil.rmtree(tmp_path / "tuned" / "step_000008")
-    shutil.rmtree(tmp_path / "log")  # the source is no longer needed
-    train(replace(tuning, resume=True))
-    assert records(tmp_path / "tuned", "loss") == loss and same(weights(tmp_path / "tuned" / "step_000008"), expected)
+    assert "model log on" in printed and "expected first loss" not in printed
+    assert "Initialized from log" in (tmp_path / "tuned" / "step_000008" / "README.md").read_text()
 
 
-def test_what_transformers_saved_is_padded_and_cropped_for_training(tuning, tmp_path):
+def test_what_transformers_saved_is_padded_and_cropped_for_training(shards, tmp_path):
     sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "theirs")
-    train(replace(tuning, init_from="theirs", block_size=16))
-    made = GPT.from_pretrained(tmp_path / "tuned" / "step_000008").config
-    assert made == GPTConfig(block_size=16, vocab_size=50304, n_layer=1, n_head=2, n_embd=16)
+    train_gpt2.main([*TUNING, "--init_from", "theirs", "--block_size", "16"])
+    made = load_gpt(tmp_path / "tuned" / "step_000008").config
+    assert made == GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=16)
 
 
 # ---- wrong input -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"total_batch_size": 100}, "--total_batch_size 100 .*--batch_size 2 x --block_size 16 x 1"),
         ({"block_size": 64}, "--block_size 64 .* 32"),
         ({"batch_size": 0}, "--batch_size"),
         ({"grad_clip": math.nan}, "--grad_clip"),
         ({"max_lr": math.inf}, "--max_lr"),
+        ({"max_lr": 0.0}, "--max_lr"),
         ({"seed": 2**64}, "--seed"),
         ({"beta2": 1.0}, "--beta2"),
         ({"min_lr": 1.0}, "--min_lr"),
         ({"initial_batch_size": 96, "batch_ramp_tokens": 100, "batch_size": 4}, "--initial_batch_size 96"),
+        ({"initial_batch_size": 256, "batch_ramp_tokens": 100}, "--initial_batch_size 256"),
         ({"initial_batch_size": 64}, "--batch_ramp_tokens"),
         ({"batch_ramp_tokens": 64}, "--initial_batch_size"),
         ({"total_batch_size": 32 * 1000}, "--total_batch_size"),
@@ -623,91 +583,84 @@ def test_what_transformers_saved_is_padded_and_cropped_for_training(tuning, tmp_
         ({"compile_mode": "max-autotune-no-cudagraphs"}, "--compile_mode"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_by_flag_before_anything_is_written(config, tmp_path, change, says):
-    with pytest.raises(UsageError, match=says):  # some as soon as they are given
-        train(replace(config, **change))
+def test_settings_that_do_not_fit_are_refused_by_flag_before_anything_is_written(shards, tmp_path, change, message):
+    with pytest.raises(UsageError, match=message):
+        train(tiny_config(**change))
     assert not (tmp_path / "log").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
-    [({"block_size": 64}, "--block_size 64 .* 32"), ({"model": "debug"}, "--model debug"), ({}, "211")],
+    ("flags", "vocab_size", "message"),
+    [
+        (["--block_size", "64"], 50257, "--block_size 64 .* 32"),
+        (["--model", "debug"], 50257, "--model debug"),
+        ([], 211, "211"),
+    ],
 )
-def test_a_model_that_cannot_be_trained_on_is_refused(tuning, tmp_path, change, says):
-    GPT(GPTConfig(block_size=32, vocab_size=50304 if change else 211, n_layer=1, n_head=2, n_embd=16)).save_pretrained(
-        "other"
-    )
-    with pytest.raises(UsageError, match=says):
-        train(replace(tuning, init_from="other", **change))
+def test_a_model_that_cannot_be_trained_on_is_refused(shards, tmp_path, flags, vocab_size, message):
+    sizes = GPTConfig(block_size=32, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=16)
+    save_gpt(GPT(sizes), tmp_path / "other")
+    with pytest.raises(UsageError, match=message):
+        train_gpt2.main([*TUNING, "--init_from", "other", *flags])
     assert not (tmp_path / "tuned").exists()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 1},
-        {"total_batch_size": 64},
-        {"max_lr": 2e-2},
-        {"warmup_steps": 3},
-        {"shuffle": True},
-        {"block_size": 32},
-    ],
-)
-def test_a_resumed_run_refuses_a_change_of_its_mathematics(config, change):
-    train(replace(config, max_steps=4))
-    with pytest.raises(UsageError, match=f"--{next(iter(change))} "):
-        train(replace(config, max_steps=4, resume=True, **change))
+def test_a_larger_models_recipe_is_taken_for_its_weights(tmp_path):
+    save_gpt(GPT(GPTConfig(block_size=32, n_layer=3, n_head=2, n_embd=16)), tmp_path / "deeper")
+    config = parse(["--init_from", "deeper"], None)
+    assert config == replace(RECIPES["gpt2"], init_from="deeper", max_lr=RECIPES["gpt2"].max_lr / 10)
 
 
-def test_a_run_is_not_overwritten_without_resume_nor_resumed_on_other_shards(config, tmp_path, make_shards):
-    train(config)
-    with pytest.raises(UsageError, match="--resume"):
-        train(config)
-    other = make_shards(tokens=3000, shard_size=600, out="other")
-    with pytest.raises(UsageError, match="--data_dir"):
-        train(replace(config, data_dir=str(other), resume=True))
-
-
-def test_missing_and_damaged_shards_are_named(config, tmp_path):
+def test_missing_and_damaged_shards_are_named(shards, tmp_path):
     with pytest.raises(DataError, match="nowhere.*fineweb.py"):
-        train(replace(config, data_dir="nowhere"))
-    shard = tmp_path / "shards" / "edufineweb_train_000002.npy"
+        train(tiny_config(data_dir="nowhere"))
+    shard = shards / "edufineweb_train_000002.npy"
     content = shard.read_bytes()
 
-    def refused(new_content):
+    def refuse(new_content):
         shard.write_bytes(new_content)
         with pytest.raises(DataError, match="edufineweb_train_000002"):
-            train(replace(config, resume=True))
+            train(tiny_config(resume=True))
 
-    refused(b"")
-    refused(content[:100])
-    refused(content[:-10])
+    refuse(b"")
+    refuse(content[:100])
+    refuse(content[:-10])
+    refuse(content[:-2])
     np.savez(tmp_path / "zip.npz", np.zeros(3, dtype=np.uint16))
-    refused((tmp_path / "zip.npz").read_bytes())
-    tokens = np.load(tmp_path / "shards" / "edufineweb_train_000003.npy")
+    refuse((tmp_path / "zip.npz").read_bytes())
+    tokens = np.load(shards / "edufineweb_train_000003.npy")
     for wrong in (tokens[:50], tokens.astype(np.int32), tokens.reshape(2, -1), tokens.sum()):
         np.save(shard, wrong)
-        refused(shard.read_bytes())
+        refuse(shard.read_bytes())
     tokens[7] = 50257
     np.save(shard, tokens)
-    refused(shard.read_bytes())
+    refuse(shard.read_bytes())
     shard.unlink()
     with pytest.raises(DataError, match="edufineweb_train_000002"):
-        train(replace(config, resume=True))
+        train(tiny_config(resume=True))
 
 
-def test_incomplete_shards_are_refused(config, tmp_path):
-    manifest = fineweb.load_manifest(tmp_path / "shards")
-    manifest["shards"][-1]["next"] = {"file": 0, "document": 1, "token": 1}
-    fineweb.save_manifest(tmp_path / "shards", manifest | {"complete": False})
+def test_a_val_shard_with_a_token_out_of_vocabulary_ends_the_run(shards):
+    tokens = np.load(shards / "edufineweb_val_000000.npy")
+    tokens[7] = 50257
+    np.save(shards / "edufineweb_val_000000.npy", tokens)
+    with pytest.raises(DataError, match="edufineweb_val_000000.npy .* 50257"):
+        train(tiny_config())
+
+
+def test_incomplete_shards_are_refused(shards):
+    manifest = load_manifest(shards)
+    for entry in manifest["shards"]:
+        entry["next"] = {"file": 0, "document": 1, "token": 1}
+    save_manifest(shards, manifest | {"complete": False})
     with pytest.raises(DataError, match="not complete"):
-        train(config)
+        train(tiny_config())
 
 
-def test_shards_without_a_manifest_can_be_trained_on(config, tmp_path):
-    (tmp_path / "shards" / "manifest.json").unlink()
-    train(config)
-    assert len(records(tmp_path / "log", "loss")) == 8
-    (tmp_path / "shards" / "edufineweb_train_000001.npy").unlink()
+def test_shards_without_a_manifest_can_be_trained_on(shards, tmp_path):
+    (shards / "manifest.json").unlink()
+    train(tiny_config())
+    assert len(records(tmp_path / "log")) == 8
+    (shards / "edufineweb_train_000001.npy").unlink()
     with pytest.raises(DataError, match="edufineweb_train_000001"):
-        train(replace(config, out_dir="other"))
+        train(tiny_config(out_dir="other"))

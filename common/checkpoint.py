@@ -1,0 +1,252 @@
+"""Checkpoints: what a run saves and resumes, and how a damaged one is passed over.
+
+A checkpoint is a directory, `step_000250`: a model that Hugging Face's tools load, and beside it what resuming needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.files import MANIFEST, changed_files, flush, read_json, sha256, write_json
+from common.huggingface import GPT, load_tensors, save_gpt, save_tensors
+from common.processes import World
+from common.script import DataError, UsageError
+from common.tokenizer import save_tokenizer
+
+NEEDED = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json")  # to resume
+
+
+@dataclass
+class TrainingState:
+    """What a run changes as it goes, all of which a checkpoint holds."""
+
+    gpt: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0  # optimizer steps taken, those that were skipped among them
+    tokens: int = 0  # trained on
+    position: int = 0  # in the data
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    scores: dict[str, list] = field(default_factory=dict)  # the latest of each: its step, its value
+
+
+def checkpoints(out_dir: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their step, the newest first."""
+    paths = [path for path in out_dir.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir()]
+    return dict(sorted(((int(path.name[5:]), path) for path in paths), reverse=True))
+
+
+def locate(source: str) -> str:
+    """The checkpoint that a --checkpoint or --init_from means: of a run's directory, the newest."""
+    return str(next(iter(checkpoints(Path(source)).values()), source))
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(out_dir: Path, state: TrainingState, record: dict, card: str) -> None:
+    """Write a checkpoint that is either complete or absent; raises OSError where the disk does not take it."""
+    temporary = out_dir / ".checkpoint.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_checkpoint(temporary, state, record, card)
+        os.replace(temporary, out_dir / f"step_{state.step:06d}")
+        flush(out_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_checkpoint(directory: Path, state: TrainingState, record: dict, card: str) -> None:
+    """Write a checkpoint's files, the manifest of their hashes last; `record` is added to trainer.json."""
+    directory.mkdir()
+    tensors, numbers = optimizer_state(state)
+    device = state.gpt.lm_head.weight.device
+    tensors["random.cpu"] = torch.get_rng_state()
+    if device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
+    record = record | {
+        "step": state.step,
+        "tokens": state.tokens,
+        "position": state.position,
+        "skipped": [state.skipped, state.skipped_in_a_row],
+        "scores": state.scores,
+        "scaler": state.scaler.state_dict(),
+        "optimizer": numbers,
+        "param_groups": state.optimizer.state_dict()["param_groups"],
+        "versions": versions(),
+    }
+    with ThreadPoolExecutor() as threads:  # both files take as long as the disk does
+        writing = threads.submit(save_tensors, tensors, directory / "optimizer.safetensors")
+        save_gpt(state.gpt, directory)
+        save_tokenizer(directory, state.gpt.config.block_size)
+        write_json(directory / "trainer.json", record)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        writing.result()
+        paths = sorted(directory.iterdir())
+        hashes = dict(zip([path.name for path in paths], threads.map(sha256, paths), strict=True))
+    write_json(directory / MANIFEST, hashes)
+
+
+def optimizer_state(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The optimizer's tensors and numbers, each as KEY.PARAMETER; whatever keys an optimizer has."""
+    tensors, numbers = {}, {}
+    names = parameter_names(state)
+    for index, entries in state.optimizer.state_dict()["state"].items():
+        for key, value in entries.items():
+            assert "." not in key and isinstance(value, Tensor | int | float), f"{key} cannot be saved"
+            kind = tensors if isinstance(value, Tensor) else numbers
+            kind[f"{key}.{names[index]}"] = value.contiguous() if isinstance(value, Tensor) else value
+    return tensors, numbers
+
+
+def parameter_names(state: TrainingState) -> list[str]:
+    """The names of the optimizer's parameters, in the order in which its state_dict numbers them."""
+    names = {id(parameter): name for name, parameter in state.gpt.named_parameters()}
+    return [names[id(parameter)] for group in state.optimizer.param_groups for parameter in group["params"]]
+
+
+def prune(out_dir: Path, keep: int, milestone_every: int) -> None:
+    """Remove all but the newest `keep` checkpoints and those at multiples of `milestone_every`."""
+    for step, directory in list(checkpoints(out_dir).items())[keep:]:
+        if not (milestone_every and step % milestone_every == 0):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+
+
+MODEL_CARD = Path(__file__).with_name("model_card.md")
+
+
+def model_card(state: TrainingState, init_from: str | None, max_steps: int, source: dict) -> str:
+    """README.md as the Hugging Face Hub shows it: how the model was made, how good it is, how to load it."""
+    padding = (state.gpt.config.padded_vocab_size - state.gpt.config.vocab_size) * state.gpt.config.n_embd
+    return MODEL_CARD.read_text(encoding="utf-8").format(
+        **asdict(state.gpt.config),
+        datasets=f"datasets: {json.dumps([source['dataset']])}\n" if "dataset" in source else "",
+        parameters=sum(parameter.numel() for parameter in state.gpt.parameters()) - padding,
+        init_from=init_from or "random weights",
+        step=state.step,
+        max_steps=max_steps,
+        tokens=state.tokens,
+        source="\n".join(f"- {key}: {abbreviate(value)}" for key, value in source.items()),
+        scores="\n".join(f"| {name} | {step} | {value:.4f} |" for name, (step, value) in state.scores.items()),
+    )
+
+
+def abbreviate(value: str | list[list[str]]) -> str:
+    """A source's entry for the model card: a text, or files with their hashes, of which a few are named."""
+    if isinstance(value, str):
+        return value
+    more = f" and {len(value) - 5} more" if len(value) > 5 else ""
+    return ", ".join(name for name, _ in value[:5]) + more
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+def newest_checkpoint(out_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is whole, and what is wrong with those that are newer."""
+    errors = {}
+    for directory in checkpoints(out_dir).values():
+        error = checkpoint_error(directory)
+        if error is None:
+            return directory, errors
+        errors[directory] = error
+    return None, errors
+
+
+def checkpoint_error(directory: Path) -> str | None:
+    """Why a run cannot be resumed from a checkpoint, if it cannot; a changed model card is no damage."""
+    try:
+        changed = changed_files(directory, NEEDED)
+    except DataError as error:
+        return str(error)
+    return f"{', '.join(changed)} changed since it was written" if changed else None
+
+
+def find_checkpoint(out_dir: Path, resume: bool, world: World) -> Path | None:
+    """The checkpoint to resume from, the same on all ranks, or None to begin; sets damaged ones aside that are newer.
+
+    Raises UsageError where a run would be overwritten, DataError where all checkpoints are damaged, or where a process
+    does not see the one that the main process chose.
+    """
+    if world.is_main and not resume and (checkpoints(out_dir) or (out_dir / "log.jsonl").exists()):
+        raise UsageError(f"--out_dir {out_dir} holds a run: continue it with --resume, or choose another directory")
+    newest, errors = newest_checkpoint(out_dir) if world.is_main and resume else (None, {})
+    if errors and newest is None:
+        raise DataError(f"no checkpoint in --out_dir {out_dir} is whole: choose another directory to start anew")
+    for directory, error in errors.items():
+        print(f"passing over the checkpoint {directory}: {error}", flush=True)
+        set_aside(directory)
+    step = world.broadcast(int(newest.name[5:]) if newest else -1)
+    directory = out_dir / f"step_{step:06d}" if step >= 0 else None
+    if world.any_rank(directory and not directory.is_dir()):
+        raise DataError(f"--out_dir {out_dir} must be on a disk that all machines share: not all see {directory}")
+    return directory
+
+
+def set_aside(directory: Path) -> None:
+    """Rename a damaged checkpoint, so that it is neither resumed from nor counted as one to keep."""
+    damaged = directory.with_name(f"{directory.name}.damaged")
+    shutil.rmtree(damaged, ignore_errors=True)
+    os.replace(directory, damaged)
+
+
+def saved_settings(out_dir: Path) -> dict:
+    """The settings that the newest checkpoint with an unchanged trainer.json holds; none without a checkpoint."""
+    for directory in checkpoints(out_dir).values():
+        with contextlib.suppress(DataError):
+            if not changed_files(directory, ["trainer.json"]):
+                return read_record(directory)["config"]
+    return {}
+
+
+def read_record(directory: Path) -> dict:
+    """The content of trainer.json; raises DataError where it is not what `write_checkpoint` writes."""
+    record = read_json(directory / "trainer.json")
+    types = {"step": int, "tokens": int, "position": int, "skipped": list, "config": dict, "data": list}
+    types |= {"scores": dict, "scaler": dict, "versions": dict}
+    wrong = [name for name, kind in types.items() if type(record.get(name)) is not kind]
+    wrong = wrong or [name for name in ("step", "tokens", "position") if not 0 <= record[name] < 2**63]
+    if wrong:
+        raise DataError(f"{directory / 'trainer.json'} is not a run's record: see {wrong[0]}")
+    return record
+
+
+def restore(state: TrainingState, directory: Path, record: dict) -> None:
+    """Put back what a checkpoint holds, but for the model's weights; raises DataError where it does not fit."""
+    tensors = load_tensors(directory / "optimizer.safetensors")
+    device = state.gpt.lm_head.weight.device
+    torch.set_rng_state(tensors.pop("random.cpu"))
+    cuda = tensors.pop("random.cuda", None)
+    if cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, device)
+    indices = {name: index for index, name in enumerate(parameter_names(state))}
+    entries: dict[int, dict] = {}
+    for full_name, value in (tensors | record.get("optimizer", {})).items():
+        key, name = full_name.split(".", 1)
+        if name not in indices:
+            raise DataError(f"{directory} holds an optimizer state of {name}, which the model has not")
+        entries.setdefault(indices[name], {})[key] = value
+    groups = record.get("param_groups") or state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    if state.scaler.is_enabled() and record["scaler"]:
+        state.scaler.load_state_dict(record["scaler"])
+    state.step, state.tokens, state.position = record["step"], record["tokens"], record["position"]
+    state.skipped, state.skipped_in_a_row = record["skipped"][:2]
+    state.scores = record["scores"]

@@ -1,0 +1,111 @@
+"""Files that are whole or absent, their hashes, and locks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from common.script import DataError, UsageError
+
+MANIFEST = "MANIFEST.json"  # of a checkpoint: the SHA-256 of each of its files
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; what the block wrote there is flushed, then renamed to `path`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises DataError, which names the file, where there is none."""
+    try:
+        if not path.is_file():  # a pipe or a device might never end
+            raise ValueError("there is no such file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    return content
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def changed_files(directory: Path, names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's files whose SHA-256 is not the one in its manifest; raises DataError without one."""
+    manifest = read_json(directory / MANIFEST)
+    return [name for name in names if not is_unchanged(directory / name, manifest.get(name))]
+
+
+def is_unchanged(path: Path, digest: object) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file `path`; the system releases it when the process ends, however that happens.
+
+    Where another process holds it, wait, saying so, or raise UsageError.
+    """
+    file_lock = FileLock(path)
+    try:
+        file_lock.acquire(blocking=False)
+    except Timeout:
+        if not wait:
+            raise UsageError(f"{path.parent} is in use by another process") from None
+        print(f"waiting for another process that writes to {path.parent}", flush=True)
+        file_lock.acquire()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held; one that waits for it then locks a new file
+        file_lock.release()
+
+
+@contextlib.contextmanager
+def claim(out_dir: Path) -> Iterator[None]:
+    """Hold a run's directory for this process alone; one that is still empty afterwards is removed."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"--out_dir {out_dir} is a file: choose a directory") from None
+    try:
+        with lock(out_dir / ".lock", wait=False):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            out_dir.rmdir()

@@ -1,0 +1,177 @@
+"""Shards: files of tokens, and the manifest beside them that lists their hashes and where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.files import atomic_write, sha256, write_json
+from common.script import DataError
+from common.tokenizer import N_TOKENS
+
+SHARD_NAME = re.compile(r"edufineweb_(val|train)_(\d{6})\.npy")
+HEADER_BYTES = 128
+
+MANIFEST = {"source": dict, "vocabulary": str, "shard_size": int, "complete": bool, "shards": list}
+SUMMARY = {"documents": int, "tokens": int, "unigram_loss": float}
+ENTRY = {"name": str, "tokens": int, "sha256": str}
+POSITION = {"file": int, "document": int, "token": int}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens, which is opened for each read: there may be more shards than a process may open files."""
+
+    path: Path
+    tokens: int
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The uint16 tokens from `start` up to `stop`, or to the shard's end; raises DataError for a wrong one."""
+        count = max(0, min(stop, self.tokens) - start)
+        tokens = np.fromfile(self.path, "<u2", count, offset=HEADER_BYTES + 2 * start)
+        if len(tokens) < count:
+            raise DataError(f"{self.path} was shortened while it was in use: build it again")
+        if count and tokens.max() >= N_TOKENS:
+            raise DataError(f"{self.path} holds the token {tokens.max()}, which is out of vocabulary: build it again")
+        return tokens
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A directory's shards; `identity` holds the name, tokens and SHA-256 (None without a manifest) of each."""
+
+    val: Shard
+    train: list[Shard]
+    identity: list[list]
+    unigram_loss: float | None
+    source: dict | None
+
+
+def shard_name(number: int) -> str:
+    return f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+
+
+def list_shards(directory: Path) -> list[str]:
+    """The names of the shards that are there, by number."""
+    names = [path.name for path in directory.glob("*.npy") if SHARD_NAME.fullmatch(path.name)]
+    return sorted(names, key=lambda name: name[-10:])
+
+
+def open_shards(directory: Path) -> Shards:
+    """Open shards to train on; raises DataError where one is missing or is not what the manifest, if any, lists."""
+    manifest = load_manifest(directory) or {}
+    if not manifest.get("complete", True):
+        raise DataError(f"the shards in --data_dir {directory} are not complete: run the same fineweb.py command again")
+    entries = manifest.get("shards") or [{"name": name} for name in list_shards(directory)]
+    if len(entries) < 2:
+        raise DataError(f"--data_dir {directory} holds no val and train shards: make them with fineweb.py")
+    shards, identity = [], []
+    for number, entry in enumerate(entries):
+        if entry["name"] != shard_name(number):
+            raise DataError(f"{directory / shard_name(number)} is missing: build the shards again")
+        shard = open_shard(directory / entry["name"], entry.get("tokens"))
+        shards.append(shard)
+        identity.append([entry["name"], shard.tokens, entry.get("sha256")])
+    return Shards(shards[0], shards[1:], identity, manifest.get("unigram_loss"), manifest.get("source"))
+
+
+def open_shard(path: Path, tokens: int | None = None) -> Shard:
+    """Check that a file is a whole shard, of `tokens` tokens if that is known; raises DataError if it is not."""
+    try:
+        if not path.is_file():
+            raise ValueError("no such file")
+        size = path.stat().st_size
+        shard = Shard(path, (size - HEADER_BYTES) // 2)
+        with open(path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+        if header != shard_header(shard.tokens) or size % 2:
+            raise ValueError("its header does not fit its size")
+        if tokens not in (None, shard.tokens):
+            raise ValueError(f"it has {shard.tokens} tokens, not {tokens}")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a whole shard of uint16 tokens ({error}): build it again") from None
+    return shard
+
+
+def shard_header(tokens: int) -> bytes:
+    """The bytes with which np.save begins the file of an array of so many uint16 numbers."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+    return header.getvalue()
+
+
+def write_shard(directory: Path, number: int, tokens: np.ndarray) -> dict[str, object]:
+    """Write one shard; returns its entry for the manifest."""
+    path = directory / shard_name(number)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, tokens)
+    return {"name": path.name, "tokens": len(tokens), "sha256": sha256(path)}
+
+
+def is_intact(directory: Path, entry: dict) -> bool:
+    """Whether a shard is the file that the manifest's entry lists."""
+    path = directory / entry["name"]
+    return path.is_file() and sha256(path) == entry["sha256"]
+
+
+def read_intact(directory: Path, entry: dict) -> np.ndarray:
+    """The tokens of a shard that the manifest lists; raises DataError if it is not the file that was written."""
+    path = directory / entry["name"]
+    if not is_intact(directory, entry):
+        raise DataError(f"{path} is not the file that manifest.json lists: restore it, or build {directory} again")
+    return open_shard(path).read(0, entry["tokens"])
+
+
+def load_manifest(directory: Path) -> dict | None:
+    """The manifest beside the shards, if there is one; raises DataError where it is not as it was written."""
+    path = directory / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        if not path.is_file():
+            raise ValueError("not a regular file")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        check_manifest(manifest)
+    except (ValueError, RecursionError):
+        raise DataError(f"{path} was changed since it was written: restore it, or build {directory} again") from None
+    return {key: value for key, value in manifest.items() if key != "sha256"}
+
+
+def save_manifest(directory: Path, manifest: dict) -> None:
+    write_json(directory / "manifest.json", manifest | {"sha256": manifest_digest(manifest)})
+
+
+def manifest_digest(manifest: dict) -> str:
+    """The manifest's own SHA-256: those of the shards do not cover where the next begins, nor the source."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_manifest(manifest: object) -> None:
+    """Raise ValueError unless this is a manifest as save_manifest writes it."""
+    check_types(manifest, MANIFEST)
+    if manifest.get("sha256") != manifest_digest(manifest):
+        raise ValueError("SHA-256 mismatch")
+    if manifest["complete"]:
+        check_types(manifest, SUMMARY)
+    for number, entry in enumerate(manifest["shards"]):
+        check_types(entry, ENTRY)
+        if entry["name"] != shard_name(number):
+            raise ValueError(f"{entry['name']} is not shard {number}")
+        if not manifest["complete"]:
+            check_types(entry.get("next"), POSITION)
+
+
+def check_types(content: object, types: dict[str, type]) -> None:
+    """Raise ValueError unless this is a dictionary in which each of the keys has a value of its type."""
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), types[key]) for key in types):
+        raise ValueError(f"not {types}")

@@ -1,0 +1,79 @@
+"""GPT-2's tokens: text to ids and back, by tiktoken, with the vocabulary in `vocabulary/`."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's pattern, which splits a text into words
+
+from common.files import atomic_write, sha256, write_json
+from common.script import DataError
+
+N_TOKENS = 50257
+END_OF_TEXT = 50256
+
+VOCABULARY = Path(__file__).resolve().parent.parent / "vocabulary"
+SHA256 = {
+    "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+@functools.cache
+def encoding() -> tiktoken.Encoding:
+    """GPT-2's encoding; raises DataError where a file of the vocabulary is missing or changed."""
+    for name, digest in SHA256.items():
+        path = VOCABULARY / name
+        if not path.exists() or sha256(path) != digest:
+            raise DataError(f"{path} is missing or damaged: restore it with `git checkout vocabulary`")
+    bytes_of = byte_alphabet()
+    ids = json.loads((VOCABULARY / "vocab.json").read_text(encoding="utf-8"))
+    end_of_text = next(text for text, id in ids.items() if id == END_OF_TEXT)
+    ranks = {bytes(bytes_of[c] for c in text): id for text, id in ids.items() if id != END_OF_TEXT}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={end_of_text: END_OF_TEXT}
+    )
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in vocab.json: itself where it is printable, else one from U+0100 on."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def encode(text: str) -> list[int]:
+    """The ids of a text; the characters `<|endoftext|>` in it are ordinary text."""
+    return encoding().encode_ordinary(text)
+
+
+def decode(tokens: list[int]) -> str:
+    """The text of ids; raises ValueError for one that is out of vocabulary."""
+    if tokens and not 0 <= min(tokens) <= max(tokens) < N_TOKENS:
+        raise ValueError(f"token ids go from 0 to {N_TOKENS - 1}; got {min(tokens)} to {max(tokens)}")
+    return encoding().decode(tokens)
+
+
+def decode_stream(tokens: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they come; a character whose bytes are split among tokens comes with the last of them."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        yield decoder.decode(encoding().decode_single_token_bytes(token))
+    yield decoder.decode(b"", final=True)
+
+
+def save_tokenizer(directory: Path, block_size: int) -> None:
+    """Write the tokenizer's files into a checkpoint directory, as transformers' AutoTokenizer reads them."""
+    for name in SHA256:
+        with atomic_write(directory / name) as temporary:
+            shutil.copyfile(VOCABULARY / name, temporary)
+    end_of_text = encoding().decode([END_OF_TEXT])
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, "add_prefix_space": False}
+    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)
+    write_json(directory / "tokenizer_config.json", settings)

@@ -1,0 +1,194 @@
+"""What a training run does: its settings, and their values for each size of the network."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from common import checkpoint, script
+from common.huggingface import read_config
+from common.script import Positive, UsageError, Value
+from common.shards import load_manifest
+from common.tokenizer import N_TOKENS
+from model import PRESETS, GPTConfig
+
+FULL_DATA, SAMPLE_DATA = "edu_fineweb10B", "sample_shards"
+
+Size = Literal["debug", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Attention = Literal["auto", "flash", "cudnn", "efficient", "math"]
+MustMatch = Annotated[Value, "must match on resume"]  # a setting that alters a run's results beyond rounding
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run does. The defaults are the 124M reproduction's; RECIPES has those of the other sizes."""
+
+    model: MustMatch[Size | None] = None  # size; None: gpt2 on a CUDA device, else debug
+    init_from: MustMatch[str | None] = None  # checkpoint, run or Hub model to start from; None: random weights
+    data_dir: str | None = None  # shards; None: edu_fineweb10B, or for debug, without it, sample_shards
+    out_dir: str = "log"  # directory of the checkpoints, log.jsonl and loss.png
+    resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
+
+    batch_size: Positive[int] = 32  # sequences in a micro-batch; fewer if memory runs out
+    block_size: MustMatch[Positive[int | None]] = None  # tokens in a sequence; None: as many as the model has positions
+    total_batch_size: MustMatch[Positive[int]] = 2**19  # tokens in an optimizer step
+    initial_batch_size: MustMatch[Positive[int | None]] = None  # total_batch_size at first; None: no ramp
+    batch_ramp_tokens: MustMatch[int] = 0  # tokens over which the batch grows to total_batch_size; 0: no ramp
+    shuffle: MustMatch[bool] = False  # visit the rows in random order in the first epoch too
+    seed: MustMatch[int] = 1337  # seed of the initial weights and the order of the rows
+
+    max_steps: Positive[int] = 19_073  # optimizer steps of the whole run
+    warmup_steps: MustMatch[int] = 715  # optimizer steps of linear warm-up
+    max_lr: MustMatch[float] = 6e-4  # learning rate after warm-up
+    min_lr: MustMatch[float | None] = None  # learning rate at the end; None: a tenth of max_lr
+    beta1: MustMatch[float] = 0.9  # AdamW's decay of the first moment
+    beta2: MustMatch[float] = 0.95  # AdamW's decay of the second moment
+    weight_decay: MustMatch[float] = 0.1  # decay of matrices; biases and norms have none
+    grad_clip: MustMatch[float] = 1.0  # largest norm of the gradient; 0: any
+
+    eval_every: int = 250  # optimizer steps between validations; 0: none
+    val_tokens: Positive[int] = 20 * 2**19  # tokens of the val shard to validate on, at most
+    hellaswag_every: int = 250  # optimizer steps between HellaSwag scores; 0: none
+    sample_every: int = 250  # optimizer steps between samples of text; 0: none
+    save_every: int = 250  # optimizer steps between checkpoints; 0: at the end only
+    keep: Positive[int] = 2  # newest checkpoints to keep
+    milestone_every: int = 0  # optimizer steps between checkpoints that are kept for good; 0: none
+    log_every: Positive[int] = 1  # optimizer steps between lines of the log
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where else to log
+    max_skipped: int = 10  # steps in a row without a finite loss and gradient that the run survives
+    timeout: Positive[int] = 600  # seconds that a process waits for the others
+
+    device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
+    dtype: Dtype = "auto"  # of autocast; auto: bfloat16 where the device computes it
+    attention: Attention = "auto"  # the backend of scaled_dot_product_attention; auto: torch's own choice
+    compile: bool | None = None  # compile the model; None: on a CUDA device
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # how torch.compile searches for speed
+
+
+# Total batches and learning rates are GPT-3's for these sizes (Brown et al., 2020, table 2.1), the warm-up its 375
+# million tokens, the length one pass over 10 billion
+RECIPES = {
+    "debug": TrainConfig(
+        model="debug",
+        batch_size=4,
+        total_batch_size=2048,
+        max_steps=120,
+        warmup_steps=12,
+        max_lr=3e-3,
+        eval_every=30,
+        val_tokens=2**15,
+        hellaswag_every=0,
+        sample_every=60,
+        save_every=30,
+    ),
+    "gpt2": TrainConfig(model="gpt2"),
+    "gpt2-medium": TrainConfig(model="gpt2-medium", batch_size=16, max_lr=3e-4),
+    "gpt2-large": TrainConfig(model="gpt2-large", batch_size=8, max_lr=2.5e-4),
+    "gpt2-xl": TrainConfig(
+        model="gpt2-xl", batch_size=4, total_batch_size=2**20, max_steps=9_536, warmup_steps=357, max_lr=2e-4
+    ),
+}
+
+
+MUST_MATCH = script.marked_fields(TrainConfig, "must match on resume")
+
+
+def parse(argv: list[str] | None, help: str | None) -> TrainConfig:
+    """The command line's settings; their defaults depend on the size, and on the run that is resumed."""
+    given = script.parse_known_flags(TrainConfig, argv)
+    return script.parse_flags(TrainConfig, argv, help, default_config(given))
+
+
+def default_config(given: TrainConfig) -> TrainConfig:
+    """The recipe of the size that is asked for, or of the run that is resumed with what must match on resuming."""
+    saved = checkpoint.saved_settings(Path(given.out_dir)) if given.resume else {}
+    if saved.get("model") in RECIPES:
+        names = [name for name in [*MUST_MATCH, "max_steps"] if name in saved]
+        return replace(RECIPES[saved["model"]], **{name: saved[name] for name in names})
+    if given.init_from and given.model:
+        raise UsageError(f"--init_from {given.init_from} brings its own size: leave out --model {given.model}")
+    if given.init_from:
+        sizes = read_config(checkpoint.locate(given.init_from))
+        as_large = [name for name, p in PRESETS.items() if p.n_layer >= sizes.n_layer and p.n_embd >= sizes.n_embd]
+        recipe = RECIPES[[*as_large, "gpt2-xl"][0]]
+        return replace(recipe, max_lr=recipe.max_lr / 10)  # the weights are good already
+    return RECIPES[given.model or default_model(script.choose_device(given.device))]
+
+
+def default_model(device: torch.device) -> str:
+    return "gpt2" if device.type == "cuda" else "debug"
+
+
+def fill_defaults(config: TrainConfig, device: torch.device, sizes: GPTConfig) -> TrainConfig:
+    """Fill in what depends on the device and the network's sizes."""
+    dtype = auto_dtype(device) if config.dtype == "auto" else config.dtype
+    defaults = {
+        "data_dir": default_data_dir(config.model),
+        "block_size": sizes.block_size,
+        "initial_batch_size": config.total_batch_size,
+        "min_lr": 0.1 * config.max_lr,
+        "compile": device.type == "cuda",
+    }
+    return replace(config, dtype=dtype, **{name: v for name, v in defaults.items() if getattr(config, name) is None})
+
+
+def auto_dtype(device: torch.device) -> str:
+    """The fastest type that the device computes without emulation."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    has_bfloat16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bfloat16" if device.type == "cpu" and has_bfloat16 else "float32"
+
+
+def default_data_dir(model: str) -> str:
+    """The full data, but for the debug model where there is none the sample."""
+    manifest = load_manifest(Path(FULL_DATA)) or {"complete": any(Path(FULL_DATA).glob("*.npy"))}
+    return FULL_DATA if model != "debug" or manifest["complete"] else SAMPLE_DATA
+
+
+def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
+    """Raise UsageError for settings that do not fit together."""
+    script.check_numbers(config)
+    if sizes.vocab_size < N_TOKENS:
+        raise UsageError(f"--init_from {config.init_from} has {sizes.vocab_size} tokens, fewer than GPT-2's {N_TOKENS}")
+    if config.block_size > sizes.block_size:
+        raise UsageError(f"--block_size {config.block_size} is beyond the model's: at most {sizes.block_size}")
+    micro = config.batch_size * config.block_size * processes
+    for name in ("total_batch_size", "initial_batch_size"):
+        if getattr(config, name) % micro:
+            factors = f"--batch_size {config.batch_size} x --block_size {config.block_size} x {processes} process(es)"
+            raise UsageError(f"--{name} {getattr(config, name)} is not a multiple of {factors} = {micro}")
+    if config.initial_batch_size > config.total_batch_size:
+        raise UsageError(f"--initial_batch_size {config.initial_batch_size} is more than --total_batch_size")
+    if (config.initial_batch_size < config.total_batch_size) != (config.batch_ramp_tokens > 0):
+        raise UsageError("--initial_batch_size and --batch_ramp_tokens make the ramp together: give both or neither")
+    if config.compile_mode != "default" and not config.compile:
+        raise UsageError(f"--compile_mode {config.compile_mode} needs --compile True")
+    if max(config.beta1, config.beta2) >= 1:
+        raise UsageError(f"--beta1 {config.beta1} and --beta2 {config.beta2} must be below 1")
+    if not config.max_lr:
+        raise UsageError("--max_lr 0 would train nothing")
+    if config.min_lr > config.max_lr:
+        raise UsageError(f"--min_lr {config.min_lr} is more than --max_lr {config.max_lr}")
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        raise UsageError(f"--tracker {config.tracker} is not installed: pip install {config.tracker}")
+
+
+def network_sizes(config: TrainConfig, directory: Path | None) -> GPTConfig:
+    """The sizes of the network in a checkpoint that is resumed, else of --init_from, else of --model."""
+    if directory:
+        return read_config(directory)
+    return read_config(checkpoint.locate(config.init_from)) if config.init_from else PRESETS[config.model]
+
+
+def refuse_changes(saved: dict, config: TrainConfig) -> None:
+    """Raise UsageError if a run that was saved with other settings would not be the same if it were resumed."""
+    for name in MUST_MATCH:
+        if getattr(config, name) != saved.get(name, getattr(config, name)):
+            begun = f"the run in --out_dir {config.out_dir} was begun with {saved[name]}"
+            raise UsageError(f"--{name} {getattr(config, name)}, but {begun}")
