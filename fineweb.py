@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 import codecs
-import contextlib
 import glob
 import importlib.util
 import itertools
@@ -36,10 +35,20 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from common import hub
 from common.files import lock, sha256
-from common.script import DataError, Positive, UsageError, check_numbers, parse_flags, progress_bar, run
-from common.shards import is_intact, list_shards, load_manifest, read_intact, save_manifest, write_shard
-from common.tokenizer import END_OF_TEXT, N_TOKENS, VOCABULARY, encoding
+from common.script import DataError, Positive, UsageError, check_settings, parse_flags, progress_bar, run
+from common.shards import (
+    count_tokens,
+    list_shards,
+    load_manifest,
+    read_again,
+    save_manifest,
+    summary,
+    verify,
+    write_shard,
+)
+from common.tokenizer import END_OF_TEXT, VOCABULARY, encoding, utf8
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
@@ -53,32 +62,19 @@ Document = bytes | None  # a text in UTF-8, or null
 
 @dataclass(frozen=True)
 class FinewebConfig:
-    dataset: str = FINEWEB_EDU
-    """data set on the Hugging Face Hub"""
-    name: str = "sample-10BT"
-    """the data set's configuration"""
-    revision: str = FINEWEB_EDU_REVISION
-    """the data set's commit, of 40 hexadecimal digits"""
-    input: tuple[str, ...] | None = None
-    """local files instead: paths or globs of .parquet, .jsonl, .txt (one document)"""
-    sample: bool = False
-    """the documentation that comes with Python instead"""
-    text_column: str = "text"
-    """the column, or JSON key, that holds the text"""
-    out_dir: str | None = None
-    """directory of the shards: edu_fineweb10B unless given, or sample_shards with --sample"""
-    shard_size: Positive[int | None] = None
-    """tokens in a shard: 100,000,000 unless given, or 65,536 with --sample"""
-    max_tokens: Positive[int | None] = None
-    """stop after this many tokens, instead of at the end of the source"""
-    encoder: Literal["auto", "gigatoken", "tiktoken"] = "auto"
-    """auto: gigatoken if it is installed"""
-    workers: Positive[int | None] = None
-    """threads that encode: one for each processor unless given"""
-    keep_downloads: bool = False
-    """leave what comes from the Hub in its own cache, for other programs"""
-    verify: str | None = None
-    """only read this directory's shards again, against their manifest"""
+    dataset: str = FINEWEB_EDU  # data set on the Hugging Face Hub
+    name: str = "sample-10BT"  # the data set's configuration
+    revision: str = FINEWEB_EDU_REVISION  # the data set's commit, of 40 hexadecimal digits
+    input: tuple[str, ...] | None = None  # local files instead: paths or globs of .parquet, .jsonl, .txt (one document)
+    sample: bool = False  # the documentation that comes with Python instead
+    text_column: str = "text"  # the column, or JSON key, that holds the text
+    out_dir: str | None = None  # directory of the shards: edu_fineweb10B unless given, or sample_shards with --sample
+    shard_size: Positive[int | None] = None  # tokens in a shard: 100,000,000 unless given, or 65,536 with --sample
+    max_tokens: Positive[int | None] = None  # stop after this many tokens, instead of at the end of the source
+    encoder: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # auto: gigatoken if it is installed
+    workers: Positive[int | None] = None  # threads that encode: one for each processor unless given
+    keep_downloads: bool = False  # leave what comes from the Hub in its own cache, for other programs
+    verify: str | None = None  # only read this directory's shards again, against their manifest
 
     @property
     def directory(self) -> Path:
@@ -91,10 +87,7 @@ class FinewebConfig:
 
 def check_config(config: FinewebConfig) -> None:
     """Raise UsageError for settings that cannot be used."""
-    check_numbers(config)
-    empty = [name for name in ("out_dir", "verify", "input") if getattr(config, name) in ("", ())]
-    if empty or "" in (config.input or ()):
-        raise UsageError(f"--{(empty or ['input'])[0]} is empty")
+    check_settings(config)
     if config.sample and config.input:
         raise UsageError("--sample and --input are two sources: choose one")
     if not re.fullmatch("[0-9a-f]{40}", config.revision):
@@ -119,16 +112,24 @@ class Source:
 
 
 def open_source(config: FinewebConfig) -> Source:
+    """The source that the flags name."""
     if config.sample:
         name = f"the documentation of Python {platform.python_version()}"
         return Source({"sample": name}, lambda: [name], lambda name: sample_documents())
-    if not config.input:
-        identity = {key: getattr(config, key) for key in ("dataset", "name", "revision", "text_column")}
-        return Source(identity, partial(list_hub, config), partial(read_hub, config), partial(remove_download, config))
-    names = list_local(config.input)
-    hashes = [[Path(name).name, sha256(Path(name))] for name in names]
-    identity = {"files": hashes, "text_column": config.text_column}
-    return Source(identity, lambda: names, lambda name: read_file(Path(name), config.text_column))
+    if config.input:
+        names = list_local(config.input)
+        hashes = [[Path(name).name, sha256(Path(name))] for name in names]
+        identity = {"files": hashes, "text_column": config.text_column}
+        return Source(identity, lambda: names, lambda name: read_file(Path(name), config.text_column))
+    identity = {key: getattr(config, key) for key in ("dataset", "name", "revision", "text_column")}
+    data_set = hub.DataSet(config.dataset, config.name, config.revision)
+    downloads = None if config.keep_downloads else config.directory / "downloads"
+    return Source(
+        identity,
+        lambda: data_set.list_files(tuple(READERS)),
+        lambda name: read_file(data_set.fetch(name, downloads), config.text_column),
+        lambda name: downloads and (downloads / name).unlink(missing_ok=True),
+    )
 
 
 def sample_documents() -> list[bytes]:
@@ -170,60 +171,6 @@ def list_local(patterns: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def list_hub(config: FinewebConfig) -> list[str]:
-    """The paths of a data set's train files in its repository."""
-    quiet_libraries()
-    import datasets
-
-    with explain_hub_error(f"list the train files of --dataset {config.dataset} --name {config.name}"):
-        builder = datasets.load_dataset_builder(config.dataset, config.name, revision=config.revision)
-        urls = builder.config.data_files["train"]
-    names = [str(url).partition(f"@{config.revision}/")[2] for url in urls]
-    for name in names:
-        if Path(name).suffix not in READERS:
-            raise DataError(f"--dataset {config.dataset} has {name}: convert it to {', '.join(READERS)}, for --input")
-    return names
-
-
-def quiet_libraries() -> None:
-    """Keep progress bars and warnings about retries from the terminal, where a failure is to be one line."""
-    import datasets
-    import huggingface_hub
-
-    datasets.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.disable_progress_bars()
-
-
-def read_hub(config: FinewebConfig, name: str) -> Iterable[Document]:
-    """Download a file, whose connection the library takes up again if it breaks, check its hash, and read it."""
-    from huggingface_hub import HfFileSystem, hf_hub_download
-
-    directory = {} if config.keep_downloads else {"local_dir": config.directory / "downloads"}
-    with explain_hub_error(f"download {name} of --dataset {config.dataset}"):
-        path = hf_hub_download(config.dataset, name, repo_type="dataset", revision=config.revision, **directory)
-        listed = HfFileSystem().info(f"datasets/{config.dataset}@{config.revision}/{name}").get("lfs")
-        if listed and sha256(Path(path)) != listed["sha256"]:
-            Path(path).resolve().unlink()  # in the Hub's own cache it is a link
-            raise ValueError("SHA-256 mismatch")
-    return read_file(Path(path), config.text_column)
-
-
-def remove_download(config: FinewebConfig, name: str) -> None:
-    (config.directory / "downloads" / name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def explain_hub_error(attempt: str) -> Iterator[None]:
-    """Turn any error, since the libraries promise no particular ones, into a DataError that names the remedy."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        remedy = "run the same command again to go on from here, or give local files with --input"
-        raise DataError(f"cannot {attempt}: {reason}; {remedy}") from None
-
-
 # ---- files to documents ----------------------------------------------------------------------------------------------
 
 
@@ -239,12 +186,19 @@ def read_parquet(path: Path, column: str) -> Iterator[Document]:
         # without pre_buffer, pages are read as they are needed, and not a row group at once
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             check_column(path, column, file.schema_arrow)
-            for rows in file.iter_batches(64, columns=[column]):
-                texts = rows.column(0).cast(pyarrow.large_string())
-                texts.validate(full=True)  # that they are UTF-8
-                yield from texts.cast(pyarrow.large_binary()).to_pylist()
+            rows = file.iter_batches(64, columns=[column])
+            yield from itertools.chain.from_iterable(map(row_texts, rows))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a whole parquet file ({error}): get it again") from None
+
+
+def row_texts(rows: Any) -> list[Document]:
+    """The texts of some rows of one column; raises pyarrow's error where they are not UTF-8."""
+    import pyarrow
+
+    texts = rows.column(0).cast(pyarrow.large_string())
+    texts.validate(full=True)
+    return texts.cast(pyarrow.large_binary()).to_pylist()
 
 
 def check_column(path: Path, column: str, schema: Any) -> None:
@@ -261,16 +215,19 @@ def read_jsonl(path: Path, column: str) -> Iterator[Document]:
     """The texts of a file with one JSON object a line; blank lines are passed over."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[column]
-                if not isinstance(text, str | None):
-                    raise TypeError(f"it is of type {type(text).__name__}")
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                place = f"{path}, line {number}"
-                raise DataError(f"{place}: no text {column!r} ({error}): mend it, or choose --text_column") from None
-            yield None if text is None else utf8(text)
+            if line.strip():
+                yield json_text(line, column, f"{path}, line {number}")
+
+
+def json_text(line: bytes, column: str, place: str) -> Document:
+    """The text in one line of JSON; raises DataError, naming the place, where there is none."""
+    try:
+        text = json.loads(line)[column]
+        if not isinstance(text, str | None):
+            raise TypeError(f"it is of type {type(text).__name__}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{place}: no text {column!r} ({error}): mend it, or choose --text_column") from None
+    return None if text is None else utf8(text)
 
 
 def read_txt(path: Path, column: str) -> Iterator[Document]:
@@ -284,14 +241,6 @@ def read_txt(path: Path, column: str) -> Iterator[Document]:
 
 
 READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
-
-
-def utf8(text: str) -> bytes:
-    """The text's bytes; half a surrogate pair, which has none, is replaced as tiktoken's encode_ordinary does."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 # ---- documents to tokens ---------------------------------------------------------------------------------------------
@@ -375,16 +324,15 @@ def choose_encoder(config: FinewebConfig) -> str:
     installed = importlib.util.find_spec("gigatoken") is not None
     if config.encoder == "gigatoken" and not installed:
         raise UsageError("--encoder gigatoken is not installed: pip install -r requirements.txt, or choose tiktoken")
-    if config.encoder == "auto":
-        return "gigatoken" if installed else "tiktoken"
-    return config.encoder
+    automatic = "gigatoken" if installed else "tiktoken"
+    return automatic if config.encoder == "auto" else config.encoder
 
 
 def encode_batches(batches: Iterable[Batch], encoder: str, workers: int) -> Iterator[tuple[Position, np.ndarray]]:
     """Each batch's place and its tokens, in which each document follows an end-of-text token."""
     encode = encode_with_gigatoken if encoder == "gigatoken" else encode_with_tiktoken
+    separator = np.array([END_OF_TEXT], dtype=np.uint16)
     for batch, documents in encode(batches, workers):
-        separator = np.array([END_OF_TEXT], dtype=np.uint16)
         pieces = [separator] * (2 * len(documents))
         pieces[1::2] = documents
         yield batch.start, np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
@@ -470,7 +418,7 @@ def pack_shards(
         progress(end - skip)
         while skip < end:
             if filled == size:
-                yield shard, locate(start, tokens, skip)
+                yield shard, place_of(skip, start, tokens)
                 shard, filled = np.empty(size, dtype=np.uint16), 0
             count = min(size - filled, end - skip)
             shard[filled : filled + count] = tokens[skip : skip + count]
@@ -482,7 +430,7 @@ def pack_shards(
         yield shard[:filled], None
 
 
-def locate(start: Position, tokens: np.ndarray, index: int) -> Position:
+def place_of(index: int, start: Position, tokens: np.ndarray) -> Position:
     """The place of tokens[index], in a batch that begins at `start`."""
     documents = np.flatnonzero(tokens[: index + 1] == END_OF_TEXT)
     return Position(start.file, start.document + len(documents) - 1, index - int(documents[-1]))
@@ -525,19 +473,19 @@ def open_manifest(config: FinewebConfig, source: Source) -> dict:
 
 def write_shards(config: FinewebConfig, source: Source, manifest: dict) -> None:
     """Write the shards that the manifest lacks, and bring it up to date after each."""
-    directory, shards = config.directory, manifest["shards"]
+    directory, entries = config.directory, manifest["shards"]
     save_manifest(directory, manifest)  # a shard without one would be taken for somebody else's
-    counts = [count_tokens(read_intact(directory, entry)) for entry in shards]
+    counts = [count_tokens(read_again(directory, entry)) for entry in entries]
     with progress_bar(total=config.max_tokens, unit=" tokens", unit_scale=True) as bar:
-        bar.update(sum(entry["tokens"] for entry in shards))
+        bar.update(sum(entry["tokens"] for entry in entries))
         names = source.list_files()
-        for tokens, following in make_shards(config, source, names, shards, bar.update):
-            if following is None and not shards:
+        for tokens, following in make_shards(config, source, names, entries, bar.update):
+            if following is None and not entries:
                 size = f"{len(tokens)} tokens fill no second shard of --shard_size {config.tokens_per_shard}"
                 raise UsageError(f"the source's {size}: choose a smaller size, or a source with more text")
             counts.append(count_tokens(tokens))
-            entry = write_shard(directory, len(shards), tokens)
-            shards.append(entry | {"next": following and asdict(following)})
+            entry = write_shard(directory, len(entries), tokens)
+            entries.append(entry | {"next": following and asdict(following)})
             if following is None:
                 manifest.update(summary(counts), complete=True)
             save_manifest(directory, manifest)
@@ -556,44 +504,6 @@ def make_shards(
     batches = prefetch(read_batches(source, names, start), 1)
     encoded = prefetch(encode_batches(batches, choose_encoder(config), config.workers or os.cpu_count() or 1), 8)
     return pack_shards(encoded, config.tokens_per_shard, start.token, limit, progress)
-
-
-def count_tokens(tokens: np.ndarray) -> np.ndarray:
-    """How often each token occurs, counted in parts because bincount widens its input to 8 bytes an element."""
-    return sum(np.bincount(part, minlength=N_TOKENS) for part in np.split(tokens, range(2**20, len(tokens), 2**20)))
-
-
-def summary(counts: list[np.ndarray]) -> dict[str, object]:
-    """What the manifest says of the whole, from each shard's token counts.
-
-    The unigram loss is the cross-entropy, in nats, of the val tokens under the train tokens' frequencies, add-one
-    smoothed: until the validation loss is below it, the model has learned nothing but which tokens occur.
-    """
-    val, train = counts[0], sum(counts[1:])
-    surprise = -np.log((train + 1) / (train.sum() + N_TOKENS))
-    return {
-        "documents": int(val[END_OF_TEXT] + train[END_OF_TEXT]),
-        "tokens": int(val.sum() + train.sum()),
-        "unigram_loss": float((val * surprise).sum() / val.sum()),
-    }
-
-
-def verify(directory: Path) -> dict:
-    """The manifest, once every shard is read again; raises DataError naming those that are not as they were written."""
-    manifest = load_manifest(directory)
-    if manifest is None:
-        raise DataError(f"--verify {directory} holds no manifest.json: it is no directory that fineweb.py made")
-    entries = manifest["shards"]
-    bar = progress_bar(iterable=entries, unit=" shards")
-    damaged = [entry["name"] for entry in bar if not is_intact(directory, entry)]
-    if manifest["complete"]:  # a run that was killed may have written a shard more
-        listed = {entry["name"] for entry in entries}
-        damaged += [name for name in list_shards(directory) if name not in listed]
-    if damaged:
-        raise DataError(f"{directory}: not as manifest.json lists: {', '.join(damaged)}; restore, or build again")
-    if not manifest["complete"]:
-        raise DataError(f"{directory}: {len(entries)} shards are whole, but not complete: run the same command again")
-    return manifest
 
 
 def main(argv: list[str] | None = None) -> None:

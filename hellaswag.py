@@ -39,16 +39,11 @@ ENDINGS = 4
 
 @dataclass(frozen=True)
 class HellaswagConfig:
-    checkpoint: str = "log"
-    """checkpoint, a run's directory (its newest checkpoint), or model on the Hugging Face Hub, as gpt2 or gpt2-xl"""
-    data: str | None = None
-    """file of examples; None: hellaswag_val.jsonl, downloaded if it is not there"""
-    limit: Positive[int | None] = None
-    """score only this many examples from the start; None: all"""
-    batch_tokens: Positive[int] = 8192
-    """tokens in a batch, at most, or one question; lower it for memory"""
-    device: str = "auto"
-    """auto, cpu, mps, cuda or cuda:N"""
+    checkpoint: str = "log"  # checkpoint, run (its newest checkpoint), or model on the Hugging Face Hub, as gpt2-xl
+    data: str | None = None  # file of examples; None: hellaswag_val.jsonl, downloaded if it is not there
+    limit: Positive[int | None] = None  # score only this many examples from the start; None: all
+    batch_tokens: Positive[int] = 8192  # tokens in a batch, at most, or one question; lower it for memory
+    device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
 
 
 def download(path: Path = FILE) -> Path:
@@ -190,13 +185,13 @@ def token_losses(gpt: GPT, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
         parts.append(F.cross_entropy(logits, part_targets, reduction="none"))
     losses = torch.cat(parts).cpu().double()
     if not losses.isfinite().all():
-        raise DataError("the model's losses are not finite: its weights have diverged or are damaged")
+        raise FloatingPointError("the model's losses are not finite: its weights have diverged or are damaged")
     return losses, segments[scored].cpu()
 
 
 @torch.no_grad()
 def ending_losses(gpt: GPT, questions: list[Question], batch_tokens: int, progress: bool = False) -> Tensor:
-    """The total loss, in nats, of each question's endings (Q, 4); raises DataError where it is not finite."""
+    """The total loss, in nats, of each question's endings (Q, 4); raises FloatingPointError unless it is finite."""
     rows = []
     for number, question in enumerate(questions):
         rows += pack_question(question, 1 + number * ENDINGS, gpt.config.block_size)
@@ -212,7 +207,7 @@ def ending_losses(gpt: GPT, questions: list[Question], batch_tokens: int, progre
 def count_correct(gpt: GPT, questions: list[Question], batch_tokens: int = 8192, progress: bool = False) -> Tensor:
     """How many questions of each scoring the model answers right, by `acc` and by `acc_norm`: integers (2, 2).
 
-    Raises DataError where the model's losses are not finite.
+    Raises FloatingPointError where the model's losses are not finite.
     """
     correct = torch.zeros(len(SCORINGS), 2, dtype=torch.long)
     for question, losses in zip(questions, ending_losses(gpt, questions, batch_tokens, progress), strict=True):
@@ -232,15 +227,18 @@ def accuracies(correct: Tensor, n_questions: int) -> dict[str, float]:
 
 def evaluate(config: HellaswagConfig) -> None:
     """Score a checkpoint and print its figures; raises UsageError or DataError."""
-    script.check_numbers(config)
+    script.check_settings(config)
     if config.data is not None and not Path(config.data).is_file():
         raise UsageError(f"--data {config.data}: no such file")
     device = script.choose_device(config.device)
     gpt = load_gpt(locate(config.checkpoint))
     require_gpt2_vocabulary(gpt, config.checkpoint)
     questions = load(Path(config.data or download()), slice(config.limit))
-    with script.explain_out_of_memory("--batch_tokens"):
-        correct = count_correct(gpt.to(device), questions, config.batch_tokens, progress=True)
+    try:
+        with script.explain_out_of_memory("--batch_tokens"):
+            correct = count_correct(gpt.to(device), questions, config.batch_tokens, progress=True)
+    except FloatingPointError as error:
+        raise DataError(f"{config.checkpoint}: {error}") from None
     n = len(questions) // len(SCORINGS)
     print(f"{n} examples")
     for scoring, (acc, acc_norm) in zip(SCORINGS, correct.tolist(), strict=True):

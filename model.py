@@ -234,7 +234,7 @@ def sample_token(
     fewest whose probabilities come to `top_p` (Holtzman et al., 2020). Raises ValueError for settings out of range,
     FloatingPointError where the logits are not finite.
     """
-    if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
     if not logits.isfinite().all():
         raise FloatingPointError("the model's logits are not finite: its weights have diverged or are damaged")

@@ -28,8 +28,7 @@ def draw(directory: Path) -> Path:
     loss, *accuracy = figure.subplots(1, panels, squeeze=False)[0]
     loss.plot(*columns(curve(records, "loss")), label="train")
     loss.plot(*columns(curve(records, "val_loss")), label="validation")
-    unigram = next((r["unigram_loss"] for r in records if r.get("unigram_loss")), None)
-    if unigram:
+    for _, unigram in curve(records, "unigram_loss")[:1]:
         loss.axhline(unigram, color="gray", linestyle="--", label=f"unigram {unigram:.2f}")
     loss.set(xlabel="step", ylabel="loss (nats per token)")
     loss.legend()

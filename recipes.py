@@ -153,7 +153,6 @@ def default_data_dir(model: str) -> str:
 
 def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
     """Raise UsageError for settings that do not fit together."""
-    script.check_numbers(config)
     if sizes.vocab_size < N_TOKENS:
         raise UsageError(f"--init_from {config.init_from} has {sizes.vocab_size} tokens, fewer than GPT-2's {N_TOKENS}")
     if config.block_size > sizes.block_size:

@@ -19,7 +19,7 @@ import torch
 
 from common.checkpoint import locate
 from common.huggingface import load_gpt, require_gpt2_vocabulary
-from common.script import DataError, Positive, UsageError, check_numbers, choose_device, parse_flags, run
+from common.script import DataError, Positive, UsageError, check_settings, choose_device, parse_flags, run
 from common.tokenizer import END_OF_TEXT, decode_stream, encode
 from model import GPT
 
@@ -42,7 +42,7 @@ class SampleConfig:
 
 def validate(config: SampleConfig) -> None:
     """Raise UsageError for settings that cannot be used."""
-    check_numbers(config)
+    check_settings(config)
     if not 0 < config.top_p <= 1:
         raise UsageError(f"--top_p {config.top_p} must be above 0, and 1 at most")
     if config.prompt is not None and config.file is not None:
@@ -51,7 +51,7 @@ def validate(config: SampleConfig) -> None:
 
 def read_prompt(config: SampleConfig) -> str:
     """The text to continue; raises UsageError where there is none, DataError where it is not UTF-8."""
-    source, content = "--prompt", (PROMPT if config.prompt is None else config.prompt).encode()
+    source, content = "--prompt", os.fsencode(PROMPT if config.prompt is None else config.prompt)
     if config.file is not None:
         if not Path(config.file).is_file():
             raise UsageError(f"--file {config.file}: no such file")
@@ -90,21 +90,25 @@ def continuation(gpt: GPT, config: SampleConfig, prompt: str, number: int = 0) -
     return decode_stream(itertools.takewhile(lambda token: token != END_OF_TEXT, map(int, new)))
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = parse_flags(SampleConfig, argv, __doc__)
+def write(config: SampleConfig) -> None:
+    """Print the prompt and what continues it, num_samples times; raises UsageError or DataError."""
     validate(config)
     prompt = read_prompt(config)
     gpt = load_gpt(locate(config.checkpoint))
     require_gpt2_vocabulary(gpt, config.checkpoint)
     gpt.to(choose_device(config.device))
-    for number in range(config.num_samples):
-        print("\n" * (number > 0) + prompt, end="", flush=True)
-        try:
+    try:
+        for number in range(config.num_samples):
+            print("\n" * (number > 0) + prompt, end="", flush=True)
             for piece in continuation(gpt, config, prompt, number):
                 print(piece, end="", flush=True)
-        except FloatingPointError as error:
-            raise DataError(f"{config.checkpoint}: {error}") from None
-        print()
+            print()
+    except (FloatingPointError, ValueError) as error:  # of the model, or of a prompt too odd for the tokenizer
+        raise DataError(f"{config.checkpoint} cannot continue this prompt: {error}") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    write(parse_flags(SampleConfig, argv, __doc__))
 
 
 if __name__ == "__main__":

@@ -94,10 +94,13 @@ class Batches:
         count = tokens // self.block_size
         if first + count > self.rows:
             epoch, first = epoch + 1, 0
-        order = permutation(self.rows, self.seed, epoch) if epoch > 0 or self.shuffle else range(self.rows)
-        starts = [int(row) * self.block_size for row in order[first : first + count]]
-        rows = np.stack([self.read(start, start + self.block_size + 1) for start in starts])
-        return torch.from_numpy(rows.astype(np.int64)), (epoch * self.rows + first + count) * self.block_size
+        T, after = self.block_size, (epoch * self.rows + first + count) * self.block_size
+        if epoch == 0 and not self.shuffle:
+            tokens = self.read(first * T, (first + count) * T + 1)
+            return torch.from_numpy(tokens.astype(np.int64)).unfold(0, T + 1, T), after
+        starts = permutation(self.rows, self.seed, epoch)[first : first + count] * T
+        rows = np.stack([self.read(int(start), int(start) + T + 1) for start in starts])
+        return torch.from_numpy(rows.astype(np.int64)), after
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens from `start` to `stop` of the stream, from one shard or from several."""
@@ -121,7 +124,7 @@ def rank_slice(rows: Tensor, batch_size: int, world: World) -> Tensor:
 
     Each accumulation step takes the next B rows for every rank in turn.
     """
-    return rows.view(-1, world.size, batch_size, rows.shape[1])[:, world.rank]
+    return rows.unflatten(0, (-1, world.size, batch_size))[:, world.rank]
 
 
 # ---- schedules, optimizer, training step -----------------------------------------------------------------------------
@@ -344,6 +347,7 @@ def is_due(every: int, step: int, last: bool = False) -> bool:
 
 def settle(config: TrainConfig, world: World, directory: Path | None) -> tuple[TrainConfig, GPTConfig]:
     """The settings with all defaults filled in, and the network's sizes; raises UsageError where they do not fit."""
+    script.check_settings(config)
     config = replace(config, model=config.model or default_model(world.device))
     sizes = network_sizes(config, directory)
     config = fill_defaults(config, world.device, sizes)
@@ -504,13 +508,13 @@ def train(config: TrainConfig) -> None:
         trainer = resume(config, world, directory, shards) if directory else start(config, world, sizes)
         state, first_step = trainer.state, trainer.state.step
         print_summary(trainer, shards)
-        if first_step == config.max_steps:
+        if first_step >= config.max_steps:
             return world.print(f"the run in {config.out_dir} is finished: {first_step} of {config.max_steps} steps")
         stack.enter_context(attention_backend(config, world.device))
         data = {every: load(config, world, shards) for every, load, _ in EVALUATIONS}
         log = open_log(trainer, shards)
         while True:
-            finished = state.step == config.max_steps
+            finished = state.step >= config.max_steps
             stopping = world.any_rank(signals) and not finished
             if not stopping:  # a run that is stopped makes up for it on resuming
                 evaluate(trainer, data, log, finished)

@@ -20,7 +20,7 @@ import train_gpt2
 from common.checkpoint import TrainingState, prune, save_checkpoint
 from common.files import flush
 from common.processes import World
-from common.script import Positive, UsageError, check_numbers, parse_flags, run
+from common.script import Positive, UsageError, check_settings, parse_flags, run
 from model import GPT, PRESETS
 from recipes import RECIPES, Size, fill_defaults
 
@@ -79,7 +79,7 @@ def measure(state: TrainingState, directory: Path, repeat: int) -> tuple[int, di
 
 def compare(config: BenchmarkConfig) -> None:
     """Measure both ways; prints their medians and, last, a line of JSON with all figures."""
-    check_numbers(config)
+    check_settings(config)
     if config.out_dir is not None and not Path(config.out_dir).is_dir():
         raise UsageError(f"--out_dir {config.out_dir} is no directory: choose one that exists")
     with tempfile.TemporaryDirectory(dir=config.out_dir) as directory:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from common.script import Positive, check_numbers, choose_device, parse_flags, run
+from common.script import Positive, check_settings, choose_device, parse_flags, run
 from common.tokenizer import N_TOKENS, encode
 from model import GPT, PRESETS
 from recipes import Size
@@ -43,7 +43,7 @@ def cached(gpt: GPT, idx: Tensor, count: int) -> Iterator[Tensor]:
 
 def compare(config: BenchmarkConfig) -> None:
     """Generate the same text both ways; prints the rates and, last, a line of JSON with all figures."""
-    check_numbers(config)
+    check_settings(config)
     device = choose_device(config.device)
     torch.manual_seed(0)
     gpt = GPT(PRESETS[config.model]).to(device)

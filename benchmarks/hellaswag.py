@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hellaswag
-from common.script import Positive, check_numbers, choose_device, parse_flags, run
+from common.script import Positive, check_settings, choose_device, parse_flags, run
 from model import GPT, PRESETS
 
 
@@ -65,7 +65,7 @@ def one_at_a_time(gpt: GPT, questions: list[hellaswag.Question]) -> Tensor:
 
 def compare(config: BenchmarkConfig) -> None:
     """Measure both ways, and print their figures and, last, a line of JSON."""
-    check_numbers(config)
+    check_settings(config)
     device = choose_device(config.device)
     torch.manual_seed(0)
     gpt = GPT(PRESETS[config.model]).to(device)

@@ -28,14 +28,14 @@ import psutil
 
 import fineweb
 from common.files import sha256
-from common.script import DataError, Positive, check_numbers, parse_flags, run
+from common.script import DataError, Positive, UsageError, check_settings, parse_flags, run
 from common.shards import list_shards, open_shard, shard_name
 from common.tokenizer import END_OF_TEXT, encode
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    input: tuple[str, ...]
+    input: tuple[str, ...] = ()
     """parquet files: paths or globs"""
     repeat: Positive[int] = 24
     """times to read the files"""
@@ -132,7 +132,9 @@ def repeat_files(paths: list[Path], directory: Path, repeat: int) -> list[Path]:
 
 def compare(config: BenchmarkConfig) -> None:
     """Build the shards each way, print a row for each, and end with one JSON line of all figures."""
-    check_numbers(config)
+    check_settings(config)
+    if not config.input:
+        raise UsageError("--input is missing: give parquet files")
     paths = [Path(name) for name in fineweb.list_local(config.input)]
     size = config.repeat * sum(len(text.encode()) for text in plain_documents(paths))
     cores = os.cpu_count() or 1

@@ -6,10 +6,14 @@ python -m benchmarks.train --profile    (where the time of this program goes)
 
 torchrun --standalone --nproc_per_node=8 -m benchmarks.train --total_batch_size 524288
 
-The ways: `transformers`, GPT2LMHeadModel with autocast and AdamW, as a user would write it; `transformers_compiled`, the
-same with torch.compile and fused AdamW; `eager` and `compiled`, this program without and with --compile; `default`, the
-one of them that is its default on the device. Each runs in processes of its own, without data to read or a log to
-write. The ceiling is the measured rate of a large matrix product in the same type, with all cores of a CPU.
+transformers: GPT2LMHeadModel with autocast and AdamW, as a user would write it
+
+transformers_compiled: the same with torch.compile and fused AdamW
+
+eager, compiled: this program without and with --compile; default: the one of them that is its default on the device
+
+Each runs in processes of its own, without data to read or a log to write. The ceiling is the measured rate of a large
+matrix product in the same type, with all cores of a CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -31,11 +36,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
+from common.huggingface import huggingface_config
 from common.processes import World, start_processes
 from common.script import (
     DataError,
     Positive,
-    check_numbers,
+    check_settings,
     choose_device,
     device_name,
     explain_out_of_memory,
@@ -67,7 +73,7 @@ class BenchmarkConfig:
 
 def train_config(config: BenchmarkConfig, device: torch.device, processes: int, way: str) -> TrainConfig:
     """The settings of training; raises UsageError for those that cannot be used."""
-    check_numbers(config)
+    check_settings(config)
     sizes, recipe = PRESETS[config.model], RECIPES[config.model]
     batch_size = config.batch_size or (1 if device.type == "cpu" else recipe.batch_size)
     compiled = way.endswith("compiled")
@@ -85,11 +91,10 @@ def train_config(config: BenchmarkConfig, device: torch.device, processes: int, 
 
 
 def default_way(device: torch.device) -> str:
-    compiles = fill_defaults(TrainConfig(model="gpt2"), device, PRESETS["gpt2"]).compile
-    return "compiled" if compiles else "eager"
+    return "compiled" if device.type == "cuda" else "eager"
 
 
-# ---- one way, in all of its processes ---------------------------------------------------------------------------------
+# ---- one way, in all of its processes --------------------------------------------------------------------------------
 
 
 def this_program(settings: TrainConfig, world: World) -> Step:
@@ -104,7 +109,10 @@ def this_program(settings: TrainConfig, world: World) -> Step:
 
 def plain_loop(settings: TrainConfig, world: World) -> Step:
     """The optimizer step that a user of transformers would write."""
-    model = transformers_gpt2(settings.model).to(world.device)
+    import transformers
+
+    sizes = transformers.GPT2Config(**huggingface_config(PRESETS[settings.model]))  # without dropout
+    model = transformers.GPT2LMHeadModel(sizes).to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.max_lr, fused=settings.compile or None)
     if settings.compile:
         model = torch.compile(model, mode=settings.compile_mode)
@@ -126,16 +134,6 @@ def plain_loop(settings: TrainConfig, world: World) -> Step:
         return loss.item()
 
     return step
-
-
-def transformers_gpt2(model: str) -> torch.nn.Module:
-    """transformers' GPT-2 of that size, without dropout, as in this program."""
-    import transformers
-
-    sizes = PRESETS[model]
-    settings = {"n_positions": sizes.block_size, "n_embd": sizes.n_embd, "n_layer": sizes.n_layer}
-    settings |= {"n_head": sizes.n_head, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
 
 
 def measure(config: BenchmarkConfig, way: str) -> None:
@@ -185,26 +183,32 @@ def peak_memory(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
-# ---- all ways ----------------------------------------------------------------------------------------------------------
+# ---- all ways --------------------------------------------------------------------------------------------------------
 
 
-def measure_in_subprocess(config: BenchmarkConfig, way: str) -> dict[str, Any]:
+def measure_in_subprocess(config: BenchmarkConfig, way: str, port: int) -> dict[str, Any]:
     """The figures that `measure` prints in a process of its own, on the first rank; none if it fails."""
     settings = asdict(replace(config, only=way))
     flags = [f"--{name}={value}" for name, value in settings.items() if value is not None and name != "profile"]
-    environment = dict(os.environ)
-    if "MASTER_PORT" in environment:
-        # in torchrun's own store the processes would find the addresses of those that measured the way before
-        environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + 1 + WAYS.index(way))
-    command = [sys.executable, "-m", "benchmarks.train", *flags]
-    top = Path(__file__).resolve().parent.parent
-    finished = subprocess.run(command, env=environment, cwd=top, stdout=subprocess.PIPE, text=True)
+    # not torchrun's own store, in which the processes would find the addresses of those that measured another way
+    environment = os.environ | {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.train", *flags],
+        env=environment,
+        cwd=Path(__file__).resolve().parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if finished.returncode:
         print(f"{way} failed with status {finished.returncode}", flush=True)
         return {}
     lines = finished.stdout.splitlines()
     return json.loads(lines[-1]) if lines else {}
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -233,17 +237,17 @@ def compare(config: BenchmarkConfig) -> None:
 
     Raises UsageError for settings that cannot be used, DataError where this program itself cannot be measured.
     """
-    device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    settings = train_config(config, device, processes, "eager")
-    ways = {way: measure_in_subprocess(config, way) for way in WAYS}
-    if os.environ.get("RANK", "0") != "0":
+    with start_processes("cpu", timeout=3600) as world:
+        device = choose_device(config.device, world.local_rank)
+        settings = train_config(config, device, world.size, "eager")
+        ways = {way: measure_in_subprocess(config, way, world.broadcast(free_port())) for way in WAYS}
+    if not world.is_main:
         return
     ways["default"] = ways[default_way(device)]
     if not ways["default"]:
         raise DataError("without this program's default way there is nothing to compare")
-    flops = ceiling(device, train_gpt2.DTYPES[settings.dtype]) * (processes if device.type == "cuda" else 1)
-    hardware = f"{processes} x {device_name(device)}, {settings.dtype}"
+    flops = ceiling(device, train_gpt2.DTYPES[settings.dtype]) * (world.size if device.type == "cuda" else 1)
+    hardware = f"{world.size} x {device_name(device)}, {settings.dtype}"
     print(f"{hardware}: a large matrix product has {flops / 1e9:,.0f} GFLOP/s")
     figures = {
         "device": device_name(device),

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.files import MANIFEST, changed_files, flush, read_json, sha256, write_json
-from common.huggingface import GPT, load_tensors, save_gpt, save_tensors
+from common.files import MANIFEST, atomic_write, changed_files, flush, read_json, sha256, write_json
+from common.huggingface import load_tensors, save_gpt, save_tensors
 from common.processes import World
 from common.script import DataError, UsageError
 from common.tokenizer import save_tokenizer
@@ -32,7 +32,7 @@ NEEDED = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.
 class TrainingState:
     """What a run changes as it goes, all of which a checkpoint holds."""
 
-    gpt: GPT
+    gpt: nn.Module  # model.py's GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0  # optimizer steps taken, those that were skipped among them
@@ -51,6 +51,8 @@ def checkpoints(out_dir: Path) -> dict[int, Path]:
 
 def locate(source: str) -> str:
     """The checkpoint that a --checkpoint or --init_from means: of a run's directory, the newest."""
+    if source == "log" and not Path(source).exists():  # the default, and no model's name on the Hub
+        raise DataError("there is no run in log: train one with train_gpt2.py, or choose a model with --checkpoint")
     return str(next(iter(checkpoints(Path(source)).values()), source))
 
 
@@ -93,7 +95,8 @@ def write_checkpoint(directory: Path, state: TrainingState, record: dict, card: 
         save_gpt(state.gpt, directory)
         save_tokenizer(directory, state.gpt.config.block_size)
         write_json(directory / "trainer.json", record)
-        (directory / "README.md").write_text(card, encoding="utf-8")
+        with atomic_write(directory / "README.md") as temporary:
+            temporary.write_text(card, encoding="utf-8")
         writing.result()
         paths = sorted(directory.iterdir())
         hashes = dict(zip([path.name for path in paths], threads.map(sha256, paths), strict=True))
@@ -244,7 +247,10 @@ def restore(state: TrainingState, directory: Path, record: dict) -> None:
             raise DataError(f"{directory} holds an optimizer state of {name}, which the model has not")
         entries.setdefault(indices[name], {})[key] = value
     groups = record.get("param_groups") or state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    try:
+        state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    except ValueError as error:
+        raise DataError(f"{directory} was saved with another optimizer: {error}") from None
     if state.scaler.is_enabled() and record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])
     state.step, state.tokens, state.position = record["step"], record["tokens"], record["position"]

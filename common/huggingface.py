@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.files import MANIFEST, atomic_write, changed_files, read_json, sha256, write_json
+from common import hub
+from common.files import MANIFEST, atomic_write, changed_files, read_json, write_json
 from common.script import DataError
 from common.tokenizer import END_OF_TEXT, N_TOKENS
 from model import GPT, GPTConfig
@@ -50,7 +51,10 @@ def save_gpt(gpt: GPT, directory: Path) -> None:
             weight = weight[: gpt.config.vocab_size]
         if name != "lm_head.weight":  # the same tensor as wte
             tensors[name] = transpose_conv1d(name, weight).contiguous()
-    assert tensors.keys() == gpt2_names(gpt.config.n_layer), "a network that is no longer GPT-2 is not saved as one"
+    C, L, rows = gpt.config.n_embd, gpt.config.n_layer, gpt.config.vocab_size + gpt.config.block_size
+    is_gpt2 = tensors.keys() == gpt2_names(L)
+    is_gpt2 &= sum(tensor.numel() for tensor in tensors.values()) == (rows + 2) * C + L * (12 * C * C + 13 * C)
+    assert is_gpt2, "a network that is no longer GPT-2 must not be saved as one"
     save_tensors(tensors, directory / "model.safetensors")
     write_json(directory / "config.json", huggingface_config(gpt.config))
 
@@ -84,7 +88,9 @@ def read_gpt(source: str | Path, block_size: int | None = None) -> GPT:
     try:
         gpt.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
     except RuntimeError as error:  # its second line names the first tensor of another shape
-        raise DataError(f"the weights of {source} do not fit its config.json: {str(error).splitlines()[1]}") from None
+        raise DataError(
+            f"the weights of {source} do not fit its config.json: {str(error).splitlines()[1].strip()}"
+        ) from None
     return gpt
 
 
@@ -139,7 +145,7 @@ def gpt2_names(n_layer: int) -> set[str]:
 
 def transpose_conv1d(name: str, weight: Tensor) -> Tensor:
     """A weight from torch's layout in Hugging Face's, or back: linear layers are transposed both ways."""
-    return weight.t() if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) else weight
+    return weight.T if weight.dim() == 2 and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) else weight
 
 
 def read_weights(source: str | Path, config: GPTConfig) -> dict[str, Tensor]:
@@ -163,31 +169,19 @@ def read_weights(source: str | Path, config: GPTConfig) -> dict[str, Tensor]:
     if wrong:
         raise DataError(f"the weights of {source} do not fit its config.json: {', '.join(sorted(wrong)[:3])}")
     embedding = weights["transformer.wte.weight"]
-    if lm_head is not None and not torch.allclose(lm_head, embedding, rtol=0, atol=0, equal_nan=True):
+    if lm_head is not None and not torch.equal(lm_head.float().nan_to_num(), embedding.float().nan_to_num()):
         raise DataError(f"{source} has an LM head that is not tied to its embedding, as GPT-2's is")
     return weights
 
 
 def model_directory(source: str | Path) -> Path:
-    """The directory of a model: the source itself, or the Hub's library's copy of one on the Hub."""
+    """The directory of a model: the source itself, or a copy of one on the Hub."""
     first, *rest = Path(source).parts or [""]
-    if Path(first).exists() or len(rest) > 1 or str(source).startswith((".", "/")):  # the Hub's are [OWNER/]NAME
-        if not (Path(source) / "config.json").is_file():
-            raise DataError(f"{source} is not a checkpoint: there is no {Path(source) / 'config.json'}")
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    try:
-        directory = Path(snapshot_download(str(source), allow_patterns=["config.json", "model*.safetensors"]))
-    except Exception as error:  # the library promises no particular ones
-        reason = " ".join(str(error).split())
-        raise DataError(f"{source} is no directory here, and did not come from the Hub: {reason}") from None
-    for path in directory.iterdir():
-        blob = path.resolve()  # which the library's cache names by its SHA-256
-        if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
-            blob.unlink(missing_ok=True)
-            raise DataError(f"SHA-256 mismatch: {path.name} of {source} is not whole; run the same command again")
-    return directory
+    if not Path(first).exists() and len(rest) <= 1 and not str(source).startswith((".", "/")):  # the Hub's [OWNER/]NAME
+        return hub.fetch_model(str(source))
+    if not (Path(source) / "config.json").is_file():
+        raise DataError(f"{source} is not a checkpoint: there is no {Path(source) / 'config.json'}")
+    return Path(source)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -205,6 +199,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; raises DataError where it is damaged."""
     try:
+        if not path.is_file():  # a pipe or a device might never end
+            raise OSError("not a regular file")
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is damaged: {error}") from None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tqdm import tqdm
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # fineweb.py needs no torch
     import torch
 
 Value = TypeVar("Value")
-Positive = Annotated[Value, "at least 1"]  # a setting's type, for check_numbers
+Positive = Annotated[Value, "at least 1"]  # a setting's type, for check_settings
 
 
 class UsageError(ValueError):
@@ -33,20 +34,27 @@ class DataError(ValueError):
 def parse_flags(
     config_class: type[Value], argv: list[str] | None, help: str | None, default: Value | None = None
 ) -> Value:
-    """Read the flags into a dataclass, whose fields' comments are their help; exits with status 2 on a mistake.
-
-    Where torchrun started several processes, a mistake is the same for all, so the first of a machine says it.
-    """
-    default = config_class() if default is None else default
-    return tyro.cli(
-        config_class, default=default, args=argv, description=help, use_underscores=True, console_outputs=is_first()
-    )
+    """Read the flags into a dataclass, whose fields' comments are their help; exits with status 2 on a mistake."""
+    with output_of_first():
+        default = config_class() if default is None else default
+        return tyro.cli(config_class, default=default, args=argv, description=help, use_underscores=True)
 
 
 def parse_known_flags(config_class: type[Value], argv: list[str] | None) -> Value:
     """The same of the flags that are known, leaving --help and unknown ones to `parse_flags`."""
-    config, _ = tyro.cli(config_class, args=argv, add_help=False, return_unknown_args=True, console_outputs=is_first())
-    return config
+    with output_of_first():
+        config, _ = tyro.cli(config_class, args=argv, use_underscores=True, add_help=False, return_unknown_args=True)
+        return config
+
+
+@contextlib.contextmanager
+def output_of_first() -> Iterator[None]:
+    """Leave it to a machine's first process to print what is the same for all that torchrun started."""
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
 
 
 def is_first() -> bool:
@@ -60,13 +68,21 @@ def marked_fields(config_class: type, mark: str) -> list[str]:
     return [name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())]
 
 
-def check_numbers(config: Any) -> None:
-    """Raise UsageError for a setting below its least value (1 if Positive, else 0), or not finite."""
+def check_settings(config: Any) -> None:
+    """Raise UsageError for a value that its field's type excludes: tyro checks those of the command line alone.
+
+    A number is at least 1 if it is Positive, else 0, and finite; a text is not empty; a Literal is one of its choices.
+    """
     positive = marked_fields(type(config), "at least 1")
-    for name, value in vars(config).items():
-        least = 1 if name in positive else 0
+    for name, hint in get_type_hints(type(config)).items():
+        value, least = getattr(config, name), 1 if name in positive else 0
         if isinstance(value, int | float) and not least <= value < 2**63:  # NaN is refused too
             raise UsageError(f"--{name} must be a number from {least} on, not {value}")
+        if value in ("", ()) or (isinstance(value, tuple) and "" in value):
+            raise UsageError(f"--{name} is empty")
+        choices = [get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+        if choices and value is not None and value not in choices[0]:
+            raise UsageError(f"--{name} {value} is not one of {', '.join(choices[0])}")
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -160,6 +176,8 @@ def run(main: Callable[[], object]) -> NoReturn:
         status = exit.code
     except UsageError as error:
         status, message = 2, str(error) if is_first() else ""
+    except BrokenPipeError:  # whoever read the output has seen enough, as in `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, OSError, MemoryError) as error:
         status, message = 1, str(error) if rank is None else f"{error} (rank {rank})"
     except KeyboardInterrupt:

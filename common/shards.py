@@ -12,16 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from common.files import atomic_write, sha256, write_json
-from common.script import DataError
-from common.tokenizer import N_TOKENS
+from common.script import DataError, progress_bar
+from common.tokenizer import END_OF_TEXT, N_TOKENS
 
-SHARD_NAME = re.compile(r"edufineweb_(val|train)_(\d{6})\.npy")
+SHARD_NAME = re.compile(r"edufineweb_(val|train)_\d{6}\.npy")
 HEADER_BYTES = 128
-
-MANIFEST = {"source": dict, "vocabulary": str, "shard_size": int, "complete": bool, "shards": list}
-SUMMARY = {"documents": int, "tokens": int, "unigram_loss": float}
-ENTRY = {"name": str, "tokens": int, "sha256": str}
-POSITION = {"file": int, "document": int, "token": int}
 
 
 @dataclass(frozen=True)
@@ -123,14 +118,6 @@ def is_intact(directory: Path, entry: dict) -> bool:
     return path.is_file() and sha256(path) == entry["sha256"]
 
 
-def read_intact(directory: Path, entry: dict) -> np.ndarray:
-    """The tokens of a shard that the manifest lists; raises DataError if it is not the file that was written."""
-    path = directory / entry["name"]
-    if not is_intact(directory, entry):
-        raise DataError(f"{path} is not the file that manifest.json lists: restore it, or build {directory} again")
-    return open_shard(path).read(0, entry["tokens"])
-
-
 def load_manifest(directory: Path) -> dict | None:
     """The manifest beside the shards, if there is one; raises DataError where it is not as it was written."""
     path = directory / "manifest.json"
@@ -158,20 +145,66 @@ def manifest_digest(manifest: dict) -> str:
 
 def check_manifest(manifest: object) -> None:
     """Raise ValueError unless this is a manifest as save_manifest writes it."""
-    check_types(manifest, MANIFEST)
+    check_types(manifest, source=dict, vocabulary=str, shard_size=int, complete=bool, shards=list)
     if manifest.get("sha256") != manifest_digest(manifest):
         raise ValueError("SHA-256 mismatch")
     if manifest["complete"]:
-        check_types(manifest, SUMMARY)
+        check_types(manifest, documents=int, tokens=int, unigram_loss=float)
     for number, entry in enumerate(manifest["shards"]):
-        check_types(entry, ENTRY)
+        check_types(entry, name=str, tokens=int, sha256=str)
         if entry["name"] != shard_name(number):
             raise ValueError(f"{entry['name']} is not shard {number}")
         if not manifest["complete"]:
-            check_types(entry.get("next"), POSITION)
+            check_types(entry.get("next"), file=int, document=int, token=int)
 
 
-def check_types(content: object, types: dict[str, type]) -> None:
+def check_types(content: object, **types: type) -> None:
     """Raise ValueError unless this is a dictionary in which each of the keys has a value of its type."""
     if not isinstance(content, dict) or not all(isinstance(content.get(key), types[key]) for key in types):
         raise ValueError(f"not {types}")
+
+
+def read_again(directory: Path, entry: dict) -> np.ndarray:
+    """The tokens of a shard that an earlier run wrote; raises DataError if the file has changed since."""
+    path = directory / entry["name"]
+    if not is_intact(directory, entry):
+        raise DataError(f"{path} is not the file that manifest.json lists: restore it, or build {directory} again")
+    return open_shard(path).read(0, entry["tokens"])
+
+
+def count_tokens(tokens: np.ndarray) -> np.ndarray:
+    """How often each token occurs, counted in parts because bincount widens its input to 8 bytes an element."""
+    return sum(np.bincount(part, minlength=N_TOKENS) for part in np.split(tokens, range(2**20, len(tokens), 2**20)))
+
+
+def summary(counts: list[np.ndarray]) -> dict[str, object]:
+    """What the manifest says of the whole, from each shard's token counts.
+
+    The unigram loss is the cross-entropy, in nats, of the val tokens under the train tokens' frequencies, add-one
+    smoothed: until the validation loss is below it, the model has learned nothing but which tokens occur.
+    """
+    val, train = counts[0], sum(counts[1:])
+    surprise = -np.log((train + 1) / (train.sum() + N_TOKENS))
+    return {
+        "documents": int(val[END_OF_TEXT] + train[END_OF_TEXT]),
+        "tokens": int(val.sum() + train.sum()),
+        "unigram_loss": float((val * surprise).sum() / val.sum()),
+    }
+
+
+def verify(directory: Path) -> dict:
+    """The manifest, once every shard is read again; raises DataError naming those that are not as they were written."""
+    manifest = load_manifest(directory)
+    if manifest is None:
+        raise DataError(f"--verify {directory} holds no manifest.json: it is no directory that fineweb.py made")
+    entries = manifest["shards"]
+    bar = progress_bar(iterable=entries, unit=" shards")
+    damaged = [entry["name"] for entry in bar if not is_intact(directory, entry)]
+    if manifest["complete"]:  # a run that was killed may have written a shard more
+        listed = {entry["name"] for entry in entries}
+        damaged += [name for name in list_shards(directory) if name not in listed]
+    if damaged:
+        raise DataError(f"{directory}: not as manifest.json lists: {', '.join(damaged)}; restore, or build again")
+    if not manifest["complete"]:
+        raise DataError(f"{directory}: {len(entries)} shards are whole, but not complete: run the same command again")
+    return manifest

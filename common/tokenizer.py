@@ -49,8 +49,17 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def encode(text: str) -> list[int]:
-    """The ids of a text; the characters `<|endoftext|>` in it are ordinary text."""
-    return encoding().encode_ordinary(text)
+    """The ids of a text, in which the characters `<|endoftext|>` are ordinary; raises ValueError for one too odd."""
+    # encode_ordinary would panic over very long runs of white space
+    return encoding().encode_to_numpy(utf8(text).decode(), disallowed_special=()).tolist()
+
+
+def utf8(text: str) -> bytes:
+    """The text's bytes; half a surrogate pair, which has none, is replaced as tiktoken's encode_ordinary does."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def decode(tokens: list[int]) -> str:

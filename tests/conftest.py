@@ -83,6 +83,22 @@ def small_debug(monkeypatch):
     return sizes
 
 
+def small_gpt(seed=0, **sizes):
+    """A network of three small layers with random weights."""
+    import torch
+
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**({"block_size": 32, "vocab_size": 211, "n_layer": 3, "n_head": 4, "n_embd": 32} | sizes)))
+
+
+def random_ids(*shape, vocab_size=211, seed=1):
+    import torch
+
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
 def tiny_config(**changes):
     """The settings of a run of seconds, on `make_shards`'s shards."""
     from recipes import RECIPES
@@ -98,6 +114,7 @@ def tiny_config(**changes):
         "warmup_steps": 2,
         "max_lr": 1e-2,
         "eval_every": 4,
+        "val_tokens": 128,
         "sample_every": 0,
         "save_every": 4,
         "keep": 10,
@@ -110,7 +127,7 @@ def flags_of(config):
     flags = []
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.type == "bool":
+        if "bool" in field.type and "None" not in field.type:
             flags.append(f"--{field.name}" if value else f"--no_{field.name}")
         elif value is not None:
             flags += [f"--{field.name}", str(value)]

@@ -19,16 +19,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, urllib.parse.unquote(self.path.split("?")[0])
         hub.requests.append((self.command, path))
+        path = path.replace(f"/{hub.commit}", f"/{hub.revision}")  # a branch's commit is the same as the branch
+        api = f"/api/{hub.repo}" if hub.repo.startswith("datasets/") else f"/api/models/{hub.repo}"
         files = f"/{hub.repo}/resolve/{hub.revision}/"
-        listing = f"/api/{hub.repo}/tree/{hub.revision}"
-        if path == f"/api/{hub.repo}/revision/{hub.revision}":
-            self.answer(json.dumps({"id": hub.repo.removeprefix("datasets/"), "sha": hub.revision}).encode())
+        listing = f"{api}/tree/{hub.revision}"
+        if path == f"{api}/revision/{hub.revision}":
+            self.answer(json.dumps({"id": hub.repo.removeprefix("datasets/"), "sha": hub.commit}).encode())
         elif path.startswith(listing):
             self.answer(json.dumps(self.tree(path.removeprefix(listing).strip("/"))).encode())
         elif path.removeprefix(files) in hub.files:
             name = path.removeprefix(files)
             digest = hashlib.sha256(b"other" if name in hub.wrong else hub.files[name]).hexdigest()
-            self.answer(hub.files[name], {"ETag": f'"{digest}"', "X-Repo-Commit": hub.commit})
+            content = bytes(len(hub.files[name])) if name in hub.damaged else hub.files[name]
+            self.answer(content, {"ETag": f'"{digest}"', "X-Repo-Commit": hub.commit})
         else:
             self.answer(b"", {"X-Error-Code": "EntryNotFound"}, status=404)
 
@@ -78,8 +81,9 @@ def serve(repo, revision, files):
     server.stalls = threading.Event()  # answers of over 1,000 bytes wait for it
     server.stalls.set()
     server.wrong = set()  # files that are listed with a hash which is not theirs
+    server.damaged = set()  # files that arrive as zeros, though listed as they are
     server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
         yield server

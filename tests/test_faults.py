@@ -1,42 +1,58 @@
 """A run that is stopped, by whatever, is continued to the uninterrupted run's end."""
 
-import importlib.util
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
-from conftest import ROOT, run_script
+import torch
+from conftest import ROOT, flags_of, records, run_script, tiny_config
 
-import common
-import fineweb
-import plot
 import train_gpt2
+from common.checkpoint import checkpoint_error, checkpoints
+from common.files import sha256
+from common.processes import World
+from common.script import DataError
 
-RUN = [
-    *"--model debug --device cpu --dtype float32 --block_size 16 --batch_size 2 --total_batch_size 64".split(),
-    *"--warmup_steps 2 --data_dir shards --eval_every 4 --sample_every 0 --save_every 10 --out_dir log".split(),
-]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+RESTARTS = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as in the README's command
+SETTINGS = {"total_batch_size": 64, "max_lr": 3e-3, "save_every": 10}
 
 
-def start(*flags, launcher=(sys.executable,)):
+@pytest.fixture
+def shards(make_shards):
+    """More tokens than the runs of seconds here read."""
+    return make_shards(tokens=6000, shard_size=1000)
+
+
+def flags(**changes):
+    return flags_of(tiny_config(**(SETTINGS | changes)))
+
+
+def start(launcher=(sys.executable,), environment=ENVIRONMENT, **changes):
     """Start the trainer; returns the process, whose output goes to the files `out` and `err`."""
     with open("out", "w") as out, open("err", "w") as err:
-        command = [*launcher, str(ROOT / "train_gpt2.py"), *RUN, *map(str, flags)]
-        return subprocess.Popen(command, stdout=out, stderr=err, env=ENVIRONMENT)
+        command = [*launcher, str(ROOT / "train_gpt2.py"), *flags(**changes)]
+        return subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+
+
+def run_whole(tmp_path, processes=0, **changes):
+    """An uninterrupted run to compare with; returns its directory."""
+    finished = run_script("train_gpt2.py", *flags(out_dir="whole", **changes), processes=processes, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    return tmp_path / "whole"
 
 
 def logged(directory, key="loss"):
     try:
-        return {record["step"]: record[key] for record in plot.read_log(directory / "log.jsonl") if key in record}
-    except common.DataError:  # not there yet
+        return records(directory, key)
+    except DataError:  # not there yet
         return {}
 
 
@@ -53,306 +69,242 @@ def workers_of(process):
     return sorted(int(pid) for pid, parent in map(str.split, listed.splitlines()) if int(parent) == process.pid)
 
 
-def same_end(first, second, step):
+def assert_same_end(first, second, step):
     """Two runs ended with the same weights, moments, losses and batches."""
     for name in ("model.safetensors", "optimizer.safetensors"):
-        assert common.sha256(first / step / name) == common.sha256(second / step / name)
+        paths = [directory / f"step_{step:06d}" / name for directory in (first, second)]
+        assert sha256(paths[0]) == sha256(paths[1]), name
     for key in ("loss", "val_loss", "norm", "batch", "position"):
         assert logged(first, key) == logged(second, key), key
 
 
-@pytest.fixture
-def whole(make_shards, tmp_path):
-    """An uninterrupted run of some steps, on one or two processes: whole(steps, processes) returns its directory."""
+# ---- one process, within seconds -------------------------------------------------------------------------------------
 
-    def run(steps, *flags, processes=0):
-        make_shards(tokens=6000, shard_size=1000)
-        flags = [*RUN, "--max_steps", steps, "--out_dir", "whole", *flags]
-        finished = run_script("train_gpt2.py", *flags, processes=processes)
-        assert finished.returncode == 0, finished.stderr
-        return tmp_path / "whole"
 
-    return run
+@pytest.mark.usefixtures("small_debug")
+def test_the_evaluation_of_the_step_that_a_signal_ended_is_made_up_for(shards, tmp_path, monkeypatch, capsys):
+    step = train_gpt2.training_step
+
+    def signalled(trainer, rows):
+        if trainer.state.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return step(trainer, rows)
+
+    config = tiny_config(max_steps=6, save_every=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2, "training_step", signalled)
+        train_gpt2.train(config)
+    assert "stopped by a signal; continue with --resume" in capsys.readouterr().out
+    assert list(logged(tmp_path / "log", "val_loss")) == [0] and max(logged(tmp_path / "log")) == 4
+    train_gpt2.train(replace(config, resume=True))
+    assert list(logged(tmp_path / "log", "val_loss")) == [0, 4, 6]
+
+
+class Library:
+    """A tracking library that loses its connection at step 3."""
+
+    __spec__ = "not None"
+
+    def __init__(self):
+        self.sent = []
+
+    def init(self, project, name, config):
+        assert config["max_steps"] == 6 and name == "log"
+
+    def log(self, numbers, step):
+        self.sent.append((step, numbers.get("loss"), numbers.get("val_loss")))
+        if step == 3:
+            raise RuntimeError("no connection")
+
+    def finish(self):
+        self.sent.append("finish")
+
+
+@pytest.mark.usefixtures("small_debug")
+def test_a_tracker_gets_the_numbers_and_never_stops_training(shards, tmp_path, monkeypatch, capsys):
+    library = Library()
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    train_gpt2.train(tiny_config(max_steps=6, tracker="wandb"))
+    losses, val = logged(tmp_path / "log"), logged(tmp_path / "log", "val_loss")
+    assert library.sent == [(0, None, val[0]), *((step, losses[step], None) for step in (1, 2, 3))]
+    assert len(losses) == 6
+    assert capsys.readouterr().out.count("--tracker wandb is left out from here: RuntimeError('no connection')") == 1
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+WORLD = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from common.processes import start_processes
+with start_processes("cpu", timeout=60) as world:
+    numbers = torch.tensor([1.0, world.rank])
+    assert world.sum(numbers).tolist() == [2.0, 1.0]
+    assert numbers.tolist() == [1.0, world.rank]
+    assert world.broadcast(7 + world.rank) == 7 and world.broadcast(-1) == -1
+    assert world.any_rank(world.rank == 1) is True and world.any_rank(False) is False and world.any_rank([3]) is True
+    world.barrier()
+    world.print("agreed")
+"""
+
+
+def test_processes_sum_without_changing_the_argument_broadcast_and_agree(tmp_path):
+    (tmp_path / "world.py").write_text(WORLD.format(root=str(ROOT)))
+    finished = run_script(tmp_path / "world.py", processes=2)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "agreed\n"
+
+
+def test_the_sum_of_one_process_is_not_its_argument():
+    numbers = torch.ones(2)
+    total = World(0, 1, torch.device("cpu")).sum(numbers)
+    total += 1
+    assert numbers.tolist() == [1.0, 1.0]
+
+
+POISONED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_gpt2
+accumulate = train_gpt2.accumulate_gradients
+def poisoned(trainer, micro_batches):
+    loss = accumulate(trainer, micro_batches)
+    if os.environ["RANK"] == "1" and trainer.state.step == 2:
+        trainer.state.gpt.lm_head.weight.grad[0, 0] = float("nan")
+    return loss
+train_gpt2.accumulate_gradients = poisoned
+train_gpt2.script.run(train_gpt2.main)
+"""
+
+
+@pytest.mark.slow
+def test_nan_in_one_processs_gradient_is_skipped_by_all(shards, tmp_path):
+    (tmp_path / "poisoned.py").write_text(POISONED.format(root=str(ROOT)))
+    finished = run_script(tmp_path / "poisoned.py", *flags(max_steps=6), processes=2)
+    assert finished.returncode == 0, finished.stderr
+    assert logged(tmp_path / "log", "skipped") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+    assert all(loss is not None for loss in logged(tmp_path / "log").values())
+
+
+# ---- kills, signals, full disks; minutes -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_ends_the_run_after_a_step_that_is_saved(tmp_path, whole, kind):
-    directory = whole(steps=30)
-    process = start("--max_steps", 30, "--save_every", 0)
+def test_a_signal_ends_the_run_after_a_step_that_is_saved(shards, tmp_path, kind):
+    directory = run_whole(tmp_path, max_steps=30)
+    process = start(max_steps=30, save_every=0)
     wait_until(lambda: 7 in logged(tmp_path / "log"))
     process.send_signal(kind)
     assert process.wait(60) == 0
-    (step,) = train_gpt2.checkpoints(tmp_path / "log")
+    (step,) = checkpoints(tmp_path / "log")
     assert 7 <= step < 30
     assert (tmp_path / "out").read_text().splitlines()[-1].startswith("stopped by a signal; continue with --resume")
-    assert start("--max_steps", 30, "--resume").wait(120) == 0
-    same_end(directory, tmp_path / "log", "step_000030")
-
-
-def test_the_evaluation_of_the_step_that_a_signal_ended_is_made_up_for(make_shards, tmp_path, monkeypatch):
-    make_shards(tokens=3000, shard_size=500)
-    step = train_gpt2.training_step
-
-    def signalled(trainer, rows):
-        if trainer.step == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return step(trainer, rows)
-
-    config = common.parse_flags(train_gpt2.TrainConfig, [*RUN, "--max_steps", "6"], None)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2, "training_step", signalled)
-        train_gpt2.train(config)
-    assert list(logged(tmp_path / "log", "val_loss")) == [0] and max(logged(tmp_path / "log")) == 4
-    train_gpt2.main([*RUN, "--max_steps", "6", "--resume"])
-    assert list(logged(tmp_path / "log", "val_loss")) == [0, 4, 6]
-
-
-def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_last_good_checkpoint(make_shards, tmp_path, monkeypatch):
-    make_shards(tokens=3000, shard_size=500)
-    make = train_gpt2.make_trainer
-
-    def poisoned(*args):
-        trainer = make(*args)
-
-        def spoil(gradient):
-            return gradient * float("nan") if trainer.step in (1, 3, 4) or trainer.step > 5 else gradient
-
-        trainer.gpt.transformer.ln_f.bias.register_hook(spoil)
-        return trainer
-
-    monkeypatch.setattr(train_gpt2, "make_trainer", poisoned)
-    flags = [*RUN, "--max_steps", "20", "--save_every", "6", "--max_skipped", "2"]
-    with pytest.raises(common.DataError, match="step 9: 3 steps in a row.*log/step_000006"):
-        train_gpt2.main(flags)
-    assert logged(tmp_path / "log", "skipped") == {1: 0, 2: 1, 3: 1, 4: 2, 5: 3, 6: 3, 7: 4, 8: 5, 9: 6}
-    assert [step for step, loss in logged(tmp_path / "log", "norm").items() if loss is None] == [2, 4, 5, 7, 8, 9]
-
-
-def test_lines_are_logged_as_often_as_asked_and_nothing_else_changes(make_shards, tmp_path):
-    make_shards(tokens=3000, shard_size=500)
-    train_gpt2.main([*RUN, "--max_steps", "7"])
-    train_gpt2.main([*RUN, "--max_steps", "7", "--log_every", "3", "--out_dir", "seldom"])
-    often, seldom = logged(tmp_path / "log"), logged(tmp_path / "seldom")
-    assert seldom == {step: often[step] for step in (3, 6, 7)}
-    assert logged(tmp_path / "log", "val_loss") == logged(tmp_path / "seldom", "val_loss")
-
-
-def test_a_log_that_cannot_be_written_is_left_whole_and_does_not_stop_training(make_shards, tmp_path, capsys):
-    make_shards(tokens=3000, shard_size=500)
-    train_gpt2.main([*RUN, "--max_steps", "3", "--min_lr", "6e-4", "--max_lr", "6e-4", "--warmup_steps", "0"])
-    log = plot.Log(tmp_path / "log", plot.Tracker("none", "", {}, 3), {"step": 3}, True)
-    before, limit = resource.getrlimit(resource.RLIMIT_FSIZE), log.path.stat().st_size + 25
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        for step in (4, 5):
-            log.write(f"step {step}", step=step, loss=0.123456789)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    log.write("step 6", step=6, loss=1.0)
-    assert list(logged(tmp_path / "log")) == [1, 2, 3, 6]
-    assert capsys.readouterr().out.count("cannot be written") == 1
+    assert start(max_steps=30, resume=True).wait(120) == 0
+    assert_same_end(directory, tmp_path / "log", 30)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", [*sorted(train_gpt2.NEEDED), "MANIFEST.json"])
-@pytest.mark.parametrize("harm", ["cut", "empty", "flip", "remove"])
-def test_each_harm_to_each_file_is_named_and_the_checkpoint_before_is_taken(whole, tmp_path, capsys, file, harm):
-    shutil.copytree(checkpoints_of_a_run(whole), tmp_path / "log")
-    path = tmp_path / "log" / "step_000004" / file
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.unlink()
-    if harm != "remove":
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "flip": content}[harm])
-    world = train_gpt2.World(0, 1, train_gpt2.torch.device("cpu"))
-    assert train_gpt2.newest_checkpoint(tmp_path / "log", world).name == "step_000002"
-    printed = capsys.readouterr().out
-    assert "passing over" in printed and "step_000004" in printed and (file in printed or file == "MANIFEST.json")
-
-
-RUNS = {}
-
-
-def checkpoints_of_a_run(whole):
-    """The directory of one short run that all tests share."""
-    if "directory" not in RUNS:
-        RUNS["directory"] = whole(4, "--save_every", 2)
-    return RUNS["directory"]
-
-
-def test_a_manifest_that_lists_nothing_vouches_for_nothing(whole, tmp_path):
-    shutil.copytree(checkpoints_of_a_run(whole), tmp_path / "log")
-    (tmp_path / "log" / "step_000004" / "MANIFEST.json").write_text("{}")
-    assert "optimizer.safetensors" in train_gpt2.damage(tmp_path / "log" / "step_000004")
-
-
-def test_a_tracker_gets_the_numbers_and_never_stops_training(make_shards, tmp_path, monkeypatch, capsys):
-    make_shards(tokens=3000, shard_size=500)
-    sent = []
-
-    class Library:
-        __spec__ = "not None"
-
-        def init(self, project, name, config):
-            assert config["max_steps"] == 6 and name == "log"
-
-        def log(self, numbers, step):
-            sent.append((step, numbers.get("loss"), numbers.get("val_loss")))
-            if step == 3:
-                raise RuntimeError("no connection")
-
-        def finish(self):
-            sent.append("finish")
-
-    monkeypatch.setitem(sys.modules, "wandb", Library())
-    train_gpt2.main([*RUN, "--max_steps", "6", "--tracker", "wandb"])
-    losses, val = logged(tmp_path / "log"), logged(tmp_path / "log", "val_loss")
-    assert sent == [(0, None, val[0]), *((step, losses[step], None) for step in (1, 2, 3))] and len(losses) == 6
-    assert capsys.readouterr().out.count("--tracker wandb is left out from here: RuntimeError('no connection')") == 1
-    if importlib.util.find_spec("trackio") is None:
-        with pytest.raises(common.UsageError, match="--tracker trackio is not installed"):
-            train_gpt2.main([*RUN, "--max_steps", "6", "--tracker", "trackio", "--out_dir", "other"])
-
-
-def test_tensorboard_shows_the_losses(make_shards, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    make_shards(tokens=3000, shard_size=500)
-    train_gpt2.main([*RUN, "--max_steps", "4", "--tracker", "tensorboard"])
-    events = EventAccumulator(str(tmp_path / "log")).Reload()
-    drawn = {event.step: event.value for event in events.Scalars("loss")}
-    assert drawn == pytest.approx(logged(tmp_path / "log"), rel=1e-6)
-
-
-def test_a_shard_of_another_size_is_refused_at_start(make_shards, tmp_path):
-    directory = make_shards(tokens=3000, shard_size=500)
-    shard = directory / fineweb.shard_name(2)
-    shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(common.DataError, match=shard.name):
-        train_gpt2.main([*RUN, "--max_steps", "4"])
-
-
-# ---- several processes, and minutes ----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_continue_by_themselves(tmp_path, whole):
-    directory = whole(steps=40, processes=2)
-    process = start("--max_steps", 40, launcher=[*TORCHRUN, "--max_restarts=3"])
-    wait_until(lambda: 12 in logged(tmp_path / "log"))
-    os.kill(workers_of(process)[1], signal.SIGKILL)
-    assert process.wait(180) == 0, (tmp_path / "err").read_text()
-    assert "resuming from" in (tmp_path / "out").read_text()
-    same_end(directory, tmp_path / "log", "step_000040")
-
-
-@pytest.mark.slow
-def test_a_restart_never_continues_a_run_that_another_torchrun_began(tmp_path, whole):
-    whole(steps=4)
-    shutil.copytree(tmp_path / "whole", tmp_path / "log")
-    before = (tmp_path / "log" / "log.jsonl").read_bytes()
-    process = start("--max_steps", 40, launcher=[*TORCHRUN, "--max_restarts=1"])
-    assert process.wait(120) != 0 and "holds a run" in (tmp_path / "err").read_text()
-    assert (tmp_path / "log" / "log.jsonl").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_a_signal_to_torchrun_stops_all_processes_together(tmp_path, whole):
-    directory = whole(steps=40, processes=2)
-    process = start("--max_steps", 40, "--save_every", 0, launcher=TORCHRUN)
+def test_a_signal_to_torchrun_stops_all_processes_together(shards, tmp_path):
+    directory = run_whole(tmp_path, processes=2, max_steps=40)
+    process = start(TORCHRUN, max_steps=40, save_every=0)
     wait_until(lambda: 5 in logged(tmp_path / "log"))
     process.terminate()
     process.wait(60)
     assert "stopped by a signal" in (tmp_path / "out").read_text()
-    assert start("--max_steps", 40, "--resume", launcher=TORCHRUN).wait(120) == 0
-    same_end(directory, tmp_path / "log", "step_000040")
+    assert start(TORCHRUN, max_steps=40, resume=True).wait(120) == 0
+    assert_same_end(directory, tmp_path / "log", 40)
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_the_run_within_the_timeout(tmp_path, whole):
-    whole(steps=2)
-    process = start("--max_steps", 100_000, "--timeout", 5, launcher=TORCHRUN)
+def test_torchrun_goes_on_by_itself_with_resume_in_the_command_of_the_readme(shards, tmp_path):
+    directory = run_whole(tmp_path, processes=2, max_steps=60)
+    process = start([*TORCHRUN, "--max_restarts=3"], RESTARTS, max_steps=60, resume=True)
+    for step in (12, 32):
+        wait_until(lambda step=step: step in logged(tmp_path / "log"))
+        os.kill(workers_of(process)[1], signal.SIGKILL)
+    assert process.wait(180) == 0, (tmp_path / "err").read_text()
+    assert (tmp_path / "out").read_text().count("resuming from") == 2
+    assert_same_end(directory, tmp_path / "log", 60)
+
+
+@pytest.mark.slow
+def test_torchrun_never_goes_on_by_itself_without_resume(shards, tmp_path):
+    process = start([*TORCHRUN, "--max_restarts=1"], RESTARTS, max_steps=10_000)
+    wait_until(lambda: 12 in logged(tmp_path / "log"))
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    assert process.wait(180) != 0
+    assert (tmp_path / "err").read_text().count("holds a run: continue it with --resume") == 1
+    assert "resuming from" not in (tmp_path / "out").read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run_within_the_timeout(shards, tmp_path):
+    process = start(TORCHRUN, max_steps=100_000, timeout=5)
     wait_until(lambda: 5 in logged(tmp_path / "log"))
-    stopped = workers_of(process)[1]
-    os.kill(stopped, signal.SIGSTOP)
+    os.kill(workers_of(process)[1], signal.SIGSTOP)
     began = time.monotonic()
     assert process.wait(120) != 0
     assert time.monotonic() - began < 60  # 5 seconds, and torchrun's own 30 to end the one that hangs
     assert "--timeout 5 s" in (tmp_path / "err").read_text()
 
 
+def kill_at_random(process, out_dir, generator, while_saving):
+    """Kill a run and its workers some steps on, while it saves if it can be hit; returns whether that was."""
+    target = max(checkpoints(out_dir), default=0) + generator.randrange(2, 12)
+    wait_until(lambda: target in logged(out_dir))
+    saving = out_dir / ".checkpoint.tmp"
+    if while_saving:
+        wait_until(saving.exists)
+    time.sleep(generator.uniform(0, 0.02 if while_saving else 0.1))
+    hit = saving.exists()
+    assert process.poll() is None, "the run ended by itself"
+    for victim in [*workers_of(process), process.pid]:
+        os.kill(victim, signal.SIGKILL)
+    process.wait()
+    return hit
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_20_kills_at_random_moments_end_in_the_uninterrupted_runs_parameters(tmp_path, whole, processes):
-    generator, kills, inside_saving = random.Random(processes), 0, 0
-    saving = tmp_path / "log" / ".checkpoint.tmp"
-    directory = whole(400, "--save_every", 0, processes=0 if processes == 1 else 2)
+def test_20_kills_at_random_moments_end_in_the_uninterrupted_runs_parameters(shards, tmp_path, processes):
+    settings = {"max_steps": 400, "eval_every": 20}
+    directory = run_whole(tmp_path, processes=0 if processes == 1 else 2, save_every=0, **settings)
     launcher = [sys.executable] if processes == 1 else TORCHRUN
-    step = 0
-    while kills < 20:
-        process = start("--max_steps", 400, "--save_every", 3, "--resume", launcher=launcher)
-        newest = max(train_gpt2.checkpoints(tmp_path / "log"), default=0)
-        target = newest + generator.randrange(2, 12)
-        wait_until(lambda target=target: target in logged(tmp_path / "log"))
-        if kills % 2:  # inside saving, as often as it can be hit
-            wait_until(saving.exists)
-            time.sleep(generator.uniform(0, 0.02))
-            inside_saving += saving.exists()
-        else:
-            time.sleep(generator.uniform(0, 0.1))
-        assert process.poll() is None, (tmp_path / "err").read_text()
-        victims = [process.pid] if processes == 1 else [*workers_of(process), process.pid]
-        for victim in victims:
-            os.kill(victim, signal.SIGKILL)
-        process.wait()
-        kills += 1
-        step = max(train_gpt2.checkpoints(tmp_path / "log"), default=0)
-    assert inside_saving >= 3 and 0 < step < 400
-    assert start("--max_steps", 400, "--resume", launcher=launcher).wait(300) == 0, (tmp_path / "err").read_text()
-    same_end(directory, tmp_path / "log", "step_000400")
+    generator, hits = random.Random(processes), 0
+    for number in range(20):
+        process = start(launcher, save_every=3, keep=2, resume=True, **settings)
+        hits += kill_at_random(process, tmp_path / "log", generator, while_saving=number % 2 == 1)
+    assert hits >= 3 and 0 < max(checkpoints(tmp_path / "log")) < 400
+    assert start(launcher, save_every=0, resume=True, **settings).wait(300) == 0, (tmp_path / "err").read_text()
+    assert_same_end(directory, tmp_path / "log", 400)
 
 
-@pytest.mark.slow
-def test_nan_in_one_processs_gradient_is_skipped_by_all(tmp_path, make_shards):
-    make_shards(tokens=3000, shard_size=500)
-    script = tmp_path / "poisoned.py"
-    script.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt2\nmake = train_gpt2.make_trainer\n"
-        "def poisoned(*args):\n"
-        "    trainer = make(*args)\n"
-        "    bias = trainer.gpt.transformer.ln_f.bias\n"
-        "    bad = lambda: os.environ['RANK'] == '1' and trainer.step == 2\n"
-        "    bias.register_hook(lambda gradient: gradient * float('nan') if bad() else gradient)\n"
-        "    return trainer\n"
-        "train_gpt2.make_trainer = poisoned\n"
-        "train_gpt2.run(train_gpt2.main)\n"
-    )
-    command = [*TORCHRUN, str(script), *RUN, "--max_steps", "6"]
-    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert finished.returncode == 0, finished.stderr
-    assert logged(tmp_path / "log", "skipped") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
-    assert all(loss is not None for loss in logged(tmp_path / "log").values())
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a file system of so many bytes: small_disk(size) returns its directory."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+
+    def mount(size):
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory]).returncode:
+            pytest.skip("mounting is not allowed here")
+        return directory
+
+    yield mount
+    subprocess.run(["umount", directory])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounts a small file system")
-def test_a_disk_that_is_really_full_leaves_good_checkpoints_and_training_goes_on(tmp_path, whole):
-    whole(steps=2)
-    small = tmp_path / "small"
-    small.mkdir()
-    size = sum(path.stat().st_size for path in (tmp_path / "whole" / "step_000002").iterdir())
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", small])
-    if mounted.returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
-        process = start("--max_steps", 5, "--save_every", 2, "--out_dir", small)
-        assert process.wait(120) == 1  # the last checkpoint could not be saved
-        assert (tmp_path / "out").read_text().count("could not be saved") == 1  # at step 4; the error is for step 5
-        assert "step 5 could not be saved" in (tmp_path / "err").read_text()
-        assert list(train_gpt2.checkpoints(small)) == [2] and train_gpt2.damage(small / "step_000002") is None
-        assert {path.name for path in small.iterdir()} == {"step_000002", "log.jsonl", "loss.png"}
-        assert list(logged(small)) == [1, 2, 3, 4, 5]
-    finally:
-        subprocess.run(["umount", small], check=True)
+def test_a_disk_that_is_really_full_leaves_good_checkpoints_and_training_goes_on(shards, tmp_path, small_disk):
+    whole = run_whole(tmp_path, max_steps=2)
+    small = small_disk(int(1.5 * sum(path.stat().st_size for path in (whole / "step_000002").iterdir())))
+    process = start(max_steps=5, save_every=2, out_dir=small)
+    assert process.wait(120) == 1  # the last checkpoint could not be saved
+    assert (tmp_path / "out").read_text().count("could not be saved") == 1  # at step 4; the error is for step 5
+    assert "step 5 could not be saved" in (tmp_path / "err").read_text()
+    assert list(checkpoints(small)) == [2] and checkpoint_error(small / "step_000002") is None
+    assert {path.name for path in small.iterdir()} == {"step_000002", "log.jsonl", "loss.png"}
+    assert list(logged(small)) == [1, 2, 3, 4, 5]

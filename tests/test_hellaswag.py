@@ -192,7 +192,7 @@ def test_accuracies_are_shares_of_the_examples_by_name():
 def test_losses_that_are_not_finite_are_refused(tmp_path, value):
     gpt = GPT(GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=16))
     gpt.transformer.ln_f.bias.data[0] = value
-    with pytest.raises(DataError, match="losses are not finite"):
+    with pytest.raises(FloatingPointError, match="losses are not finite"):
         hellaswag.count_correct(gpt, load(tmp_path, 2))
 
 
@@ -395,7 +395,7 @@ def test_without_the_file_training_says_so_once_and_goes_on(server, config, tmp_
 
 def test_where_its_losses_are_not_finite_training_goes_on_without_the_score(server, config, tmp_path, monkeypatch):
     def refuse(*_, **__):
-        raise DataError("the model's losses are not finite")
+        raise FloatingPointError("the model's losses are not finite")
 
     monkeypatch.setattr(hellaswag, "count_correct", refuse)
     train_gpt2.train(config)

@@ -476,12 +476,12 @@ def losses_of_a_plain_loop(config, shards):
         pytest.param("bfloat16", True, 0.02, marks=[pytest.mark.slow, needs_compiler]),
     ],
 )
-def test_30_steps_with_the_speed_ups_have_the_losses_of_a_plain_loop(shards, tmp_path, dtype, compile, tolerance):
-    config = fill_defaults(tiny_config(max_steps=30, eval_every=30, save_every=0), CPU, SIZES)
+def test_20_steps_with_the_speed_ups_have_the_losses_of_a_plain_loop(shards, tmp_path, dtype, compile, tolerance):
+    config = fill_defaults(tiny_config(max_steps=20, eval_every=20, save_every=0), CPU, SIZES)
     plain = losses_of_a_plain_loop(config, shards)
     train(replace(config, dtype=dtype, compile=compile))
     fast = records(tmp_path / "log")
-    assert plain[30] < plain[1] - 2 and fast.keys() == plain.keys()
+    assert plain[20] < plain[1] - 1.5 and fast.keys() == plain.keys()
     assert max(abs(fast[step] - plain[step]) for step in plain) < tolerance
 
 
@@ -535,7 +535,8 @@ def test_a_model_card_tells_how_the_model_was_made_and_how_good_it_is(shards, tm
 
 TUNING = [
     *"--init_from log --out_dir tuned --data_dir shards --device cpu --dtype float32 --batch_size 2".split(),
-    *"--total_batch_size 128 --max_steps 8 --warmup_steps 2 --eval_every 4 --save_every 4 --sample_every 0".split(),
+    *"--total_batch_size 128 --max_steps 8 --warmup_steps 2 --eval_every 4 --val_tokens 128".split(),
+    *"--save_every 4 --sample_every 0".split(),
 ]
 
 

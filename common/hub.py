@@ -1,0 +1,88 @@
+"""The Hugging Face Hub: files of data sets and of models, each checked against its SHA-256."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.files import sha256
+from common.script import DataError
+
+LOCAL_FILES = "give local files with --input"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A configuration of a data set, at one of its commits."""
+
+    dataset: str
+    name: str
+    revision: str
+
+    def list_files(self, suffixes: tuple[str, ...]) -> list[str]:
+        """The paths of the train files; raises DataError for one whose name ends in none of the suffixes."""
+        import datasets
+        import huggingface_hub
+
+        # a failure is to be one line, and fineweb.py has a progress bar of its own
+        datasets.utils.logging.set_verbosity_error()
+        huggingface_hub.utils.logging.set_verbosity_error()
+        huggingface_hub.utils.disable_progress_bars()
+        with explain_errors(f"list the train files of --dataset {self.dataset} --name {self.name}", LOCAL_FILES):
+            builder = datasets.load_dataset_builder(self.dataset, self.name, revision=self.revision)
+            urls = builder.config.data_files["train"]
+        names = [str(url).partition(f"@{self.revision}/")[2] for url in urls]
+        for name in names:
+            if not name.endswith(suffixes):
+                raise DataError(
+                    f"--dataset {self.dataset} has {name}: convert it to {', '.join(suffixes)}, for --input"
+                )
+        return names
+
+    def fetch(self, name: str, directory: Path | None) -> Path:
+        """Download a file into a directory, or, if that is None, into the library's cache, unless it is there."""
+        from huggingface_hub import HfFileSystem, hf_hub_download
+
+        with explain_errors(f"download {name} of --dataset {self.dataset}", LOCAL_FILES):
+            path = Path(
+                hf_hub_download(self.dataset, name, repo_type="dataset", revision=self.revision, local_dir=directory)
+            )
+            listed = HfFileSystem().info(f"datasets/{self.dataset}@{self.revision}/{name}").get("lfs")
+            if listed and sha256(path) != listed["sha256"]:
+                path.resolve().unlink()  # in the cache it is a link
+                raise ValueError("SHA-256 mismatch")
+        return path
+
+
+@functools.cache
+def fetch_model(name: str) -> Path:
+    """The directory of a model in the library's cache, once it is there; raises DataError where it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()  # a failure is to be one line
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    with explain_errors(f"find {name}, which is no directory here, on the Hub", "name a local checkpoint"):
+        directory = Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"]))
+        for path in directory.iterdir():
+            blob = path.resolve()  # which the library names by its SHA-256
+            if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+                blob.unlink(missing_ok=True)
+                raise ValueError(f"SHA-256 mismatch of {path.name}")
+    return directory
+
+
+@contextlib.contextmanager
+def explain_errors(attempt: str, remedy: str) -> Iterator[None]:
+    """Turn any error, since the libraries promise no particular ones, into a DataError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot {attempt}: {reason}; run the same command again, or {remedy}") from None

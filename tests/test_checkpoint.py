@@ -1,0 +1,545 @@
+"""What a run saves, and that it goes on from there to the uninterrupted run's end, whatever happened to the files."""
+
+import functools
+import json
+import resource
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import records, tiny_config
+
+import plot
+import train_gpt2
+from common import checkpoint
+from common.checkpoint import checkpoint_error, checkpoints, find_checkpoint, newest_checkpoint
+from common.log import read_log
+from common.processes import World
+from common.script import DataError, UsageError
+from recipes import MUST_MATCH, TrainConfig, default_config, parse
+from train_gpt2 import train
+
+ALONE = World(0, 1, torch.device("cpu"))
+CLOCK = ("ms", "tokens_per_second", "mfu")
+CONSTANT = {"min_lr": 1e-2, "warmup_steps": 0}  # a learning rate that does not depend on max_steps
+
+pytestmark = pytest.mark.usefixtures("small_debug", "shards")
+
+
+def quick_config(**changes):
+    """The settings of a run of half a second, with one micro-batch a step."""
+    return tiny_config(**({"batch_size": 4, "total_batch_size": 64} | changes))
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Drawing would take longer than these runs."""
+    monkeypatch.setattr(plot, "draw", lambda directory: None)
+
+
+@pytest.fixture
+def shards(make_shards):
+    """2,500 train tokens in five shards, and 500 to validate on."""
+    return make_shards(tokens=3000, shard_size=500)
+
+
+@pytest.fixture(scope="session")
+def finished_run(built_shards, tmp_path_factory):
+    """A finished run with checkpoints at steps 2, 4, 6 and 8, for all tests to copy."""
+    import model
+
+    out_dir = tmp_path_factory.mktemp("run") / "log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "draw", lambda directory: None)
+        patch.setitem(model.PRESETS, "debug", model.GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=16))
+        train(quick_config(data_dir=str(built_shards(3000, 500)), out_dir=str(out_dir), save_every=2))
+    return out_dir
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of that run in the test's own directory, as `log`."""
+    return shutil.copytree(finished_run, tmp_path / "log")
+
+
+def interrupt(run, step, copy=None):
+    """Leave a run, or a copy of it, as if it had been killed before it saved what came after this step."""
+    directory = shutil.copytree(run, run.with_name(copy)) if copy else run
+    for number, path in checkpoints(directory).items():
+        if number > step:
+            shutil.rmtree(path)
+    return directory
+
+
+def log_of(directory):
+    """A run's log, without what the clock says and where the run was started."""
+    runs = [record for record in read_log(directory) if "processes" not in record]
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in runs]
+
+
+def assert_same_end(first, second, step):
+    """Two runs have the same log, and end in the same weights and optimizer state, bit for bit."""
+    assert log_of(first) == log_of(second)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        paths = [directory / f"step_{step:06d}" / name for directory in (first, second)]
+        assert paths[0].read_bytes() == paths[1].read_bytes(), name
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def contents(directory):
+    """All that is in a directory, and when it was changed."""
+    return {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]}
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_n_plus_n_steps_equal_2n_bit_for_bit(tmp_path, shuffle):
+    """Across the end of an epoch (19 batches), inside the ramp, and in any order of the rows."""
+    config = quick_config(
+        total_batch_size=128,
+        initial_batch_size=64,
+        batch_ramp_tokens=1500,
+        max_steps=28,
+        save_every=8,
+        eval_every=8,
+        shuffle=shuffle,
+    )
+    train(config)
+    for step in (8, 24):
+        again = interrupt(tmp_path / "log", step, copy=f"log{step}")
+        train(replace(config, out_dir=f"log{step}", resume=True))
+        assert_same_end(tmp_path / "log", again, 28)
+        assert [record["step"] for record in read_log(again) if "processes" in record] == [0, step]
+
+
+class CountingMomentum(torch.optim.Optimizer):
+    """Momentum that slows down by counts in its state and in its groups, where AdamW has no plain numbers."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 1e-2, "calls": 0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["calls"] += 1
+            for parameter in group["params"]:
+                self.update(parameter, group)
+
+    def update(self, parameter, group):
+        state = self.state[parameter]
+        state["count"] = state.get("count", 0) + 1
+        state["damping"] = 0.5 * state.get("damping", 1.0)
+        state.setdefault("momentum_buffer", torch.zeros_like(parameter)).mul_(0.9).add_(parameter.grad)
+        parameter -= group["lr"] / (group["calls"] + state["count"] + state["damping"]) * state["momentum_buffer"]
+
+
+def counting_momentum(gpt, config):
+    return CountingMomentum(gpt.parameters())
+
+
+def two_groups(gpt, config):
+    """The last parameters first, with a learning rate of their own."""
+    first, *rest = gpt.parameters()
+    return CountingMomentum([{"params": rest, "lr": 1e-3}, {"params": [first]}])
+
+
+def plain_sgd(gpt, config):
+    return torch.optim.SGD(gpt.parameters(), lr=config.max_lr)
+
+
+class NoisySGD(torch.optim.SGD):
+    """Langevin dynamics (Welling and Teh, 2011): steps with noise from torch's global generator."""
+
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter += 1e-3 * torch.randn_like(parameter)
+
+
+def noisy_sgd(gpt, config):
+    return NoisySGD(gpt.parameters(), lr=config.max_lr)
+
+
+def adagrad(gpt, config):
+    return torch.optim.Adagrad(gpt.parameters(), lr=config.max_lr, lr_decay=0.1)
+
+
+@pytest.mark.parametrize("optimizer", [counting_momentum, two_groups, plain_sgd, noisy_sgd, adagrad])
+def test_every_optimizers_state_is_resumed_bit_for_bit(tmp_path, monkeypatch, optimizer):
+    monkeypatch.setattr(train_gpt2, "make_optimizer", optimizer)
+    config = quick_config(max_steps=6, save_every=3, eval_every=0)
+    train(config)
+    again = interrupt(tmp_path / "log", 3, copy="again")
+    train(replace(config, out_dir="again", resume=True))
+    assert_same_end(tmp_path / "log", again, 6)
+    ends = [json.loads((log / "step_000006" / "trainer.json").read_text()) for log in (tmp_path / "log", again)]
+    for key in ("optimizer", "param_groups"):
+        assert ends[0][key] == ends[1][key]
+
+
+def test_fp16_trains_with_a_scaler_and_resumes_bit_for_bit(tmp_path, monkeypatch):
+    quickly_growing = functools.partial(torch.amp.GradScaler, growth_interval=3)  # so that its state matters
+    monkeypatch.setattr(torch.amp, "GradScaler", quickly_growing)
+    config = quick_config(dtype="float16", batch_size=2, total_batch_size=32)
+    train(config)
+    again = interrupt(tmp_path / "log", 4, copy="again")
+    train(replace(config, out_dir="again", resume=True))
+    assert_same_end(tmp_path / "log", again, 8)
+    scalers = [
+        json.loads((log / "step_000008" / "trainer.json").read_text())["scaler"] for log in (tmp_path / "log", again)
+    ]
+    assert scalers[0] == scalers[1] and scalers[0]["scale"] != 65536
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_an_interrupted_runs_log_has_the_records_of_the_uninterrupted_one(run, finished_run, step):
+    """At step 4 with an evaluation, which is done again, and at 2 and 6 without."""
+    interrupt(run, step)
+    train(quick_config(save_every=2, resume=True))
+    assert_same_end(finished_run, run, 8)
+
+
+def test_an_evaluation_that_is_due_by_itself_is_in_the_resumed_log_once(tmp_path, monkeypatch):
+    scores = {"hellaswag_nanogpt_acc": 0.25}
+    evaluations = [(every, lambda *_: True, lambda *_: scores) for every in ("eval_every", "hellaswag_every")]
+    monkeypatch.setattr(train_gpt2, "EVALUATIONS", evaluations)
+    config = quick_config(hellaswag_every=2, save_every=2)
+    train(config)
+    again = interrupt(tmp_path / "log", 2, copy="again")
+    train(replace(config, out_dir="again", resume=True))
+    assert log_of(again) == log_of(tmp_path / "log")
+
+
+def test_the_schedule_may_be_prolonged_where_the_steps_done_stay_as_they_were(run, tmp_path):
+    config = quick_config(**CONSTANT, out_dir="constant")
+    train(config)
+    train(replace(config, max_steps=12, resume=True))
+    train(replace(config, max_steps=12, out_dir="whole"))
+    ends = [tmp_path / log / "step_000012" / "model.safetensors" for log in ("constant", "whole")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+    with pytest.raises(UsageError, match="--max_steps"):
+        train(quick_config(max_steps=12, resume=True))
+
+
+def test_resuming_nothing_starts_a_run(tmp_path):
+    train(quick_config(max_steps=1, resume=True))
+    assert list(records(tmp_path / "log")) == [1]
+
+
+def test_a_finished_run_is_left_alone(run, capsys):
+    before = contents(run)
+    train(quick_config(resume=True))
+    assert contents(run).keys() == before.keys()
+    assert all(contents(run)[path] == time for path, time in before.items() if path.is_file())
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_run_that_has_gone_further_than_max_steps_is_finished(tmp_path, monkeypatch, capsys):
+    train(quick_config(**CONSTANT))
+    monkeypatch.setattr(train_gpt2, "training_step", None)
+    train(quick_config(**CONSTANT, max_steps=4, resume=True))
+    assert list(checkpoints(tmp_path / "log")) == [8, 4] and "8 of 4 steps" in capsys.readouterr().out
+
+
+# ---- what must match -------------------------------------------------------------------------------------------------
+
+RESUME = "--resume --data_dir shards --device cpu --dtype float32 --batch_size 4".split()
+INTERVALS = "--eval_every 4 --val_tokens 128 --save_every 2 --sample_every 0 --keep 10".split()
+
+CHANGES = {
+    "model": "gpt2-medium",
+    "init_from": "elsewhere",
+    "block_size": 32,
+    "total_batch_size": 128,
+    "initial_batch_size": 32,
+    "batch_ramp_tokens": 100,
+    "shuffle": True,
+    "seed": 1,
+    "warmup_steps": 3,
+    "max_lr": 2e-4,
+    "min_lr": 2e-4,
+    "beta1": 0.8,
+    "beta2": 0.9,
+    "weight_decay": 0.0,
+    "grad_clip": 0.5,
+}
+
+
+def test_a_resumed_run_takes_what_must_match_from_its_checkpoint(tmp_path):
+    config = quick_config(save_every=2, seed=7, shuffle=True, beta2=0.9, weight_decay=0.2, grad_clip=0.7)
+    train(config)
+    again = interrupt(tmp_path / "log", 4, copy="again")
+    train_gpt2.main([*RESUME, *INTERVALS, "--out_dir", "again"])
+    assert_same_end(tmp_path / "log", again, 8)
+
+
+def test_every_setting_that_alters_the_results_must_match():
+    assert set(CHANGES) == set(MUST_MATCH)
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGES.items())
+def test_a_flag_that_changes_a_resumed_run_is_refused_by_its_own_name(run, name, value):
+    before = contents(run)
+    with pytest.raises(UsageError, match=f"--{name} {value}.* was begun with"):
+        train(replace(parse(RESUME, None), **{name: value}))
+    assert contents(run).keys() == before.keys()
+
+
+def test_flags_that_change_a_resumed_run_are_refused_on_the_command_line_too(run):
+    for flags in ("--total_batch_size 128", "--max_lr 1e-4", "--shuffle"):
+        with pytest.raises(UsageError, match=f"{flags.split()[0]} .* was begun with"):
+            train_gpt2.main([*RESUME, *flags.split()])
+
+
+def test_settings_that_alter_nothing_may_change_on_resuming(run, finished_run):
+    interrupt(run, 4)
+    train(quick_config(batch_size=2, log_every=2, save_every=0, val_tokens=64, timeout=9, max_skipped=1, resume=True))
+    expected = {step: loss for step, loss in records(finished_run).items() if step <= 4 or step % 2 == 0}
+    assert records(run) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_run_is_resumed_on_its_own_shards_only(run, make_shards):
+    make_shards(tokens=3000, shard_size=600, name="other")
+    interrupt(run, 4)
+    with pytest.raises(UsageError, match="--data_dir other"):
+        train(quick_config(data_dir="other", resume=True))
+
+
+def test_a_run_is_never_overwritten(run):
+    before = contents(run)
+    with pytest.raises(UsageError, match="log holds a run.*--resume"):
+        train(quick_config())
+    interrupt(run, 0)
+    with pytest.raises(UsageError, match="log holds a run.*--resume"):
+        train(quick_config())
+    assert (run / "log.jsonl").stat().st_mtime_ns == before[run / "log.jsonl"]
+
+
+# ---- a run that was begun with another's weights ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(run, tmp_path):
+    """A run that was begun with another's weights, which are gone."""
+    flags = "--init_from log --out_dir tuned --total_batch_size 64 --max_steps 8 --warmup_steps 2".split()
+    train_gpt2.main([*RESUME[1:], *INTERVALS, *flags])
+    shutil.rmtree(run)
+    return tmp_path / "tuned"
+
+
+def test_a_run_with_other_weights_resumes_bit_for_bit_without_their_source(tuned):
+    again = interrupt(tuned, 4, copy="again")
+    train_gpt2.main([*RESUME, *INTERVALS, "--out_dir", "again"])
+    assert_same_end(tuned, again, 8)
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("config.json", '"n_layer": 2', '"n_layer": 3'),
+        ("config.json", '"n_layer": 2', '"n_layer": \x12'),
+        ("trainer.json", '"seed": 1337', '"seed": 1336'),
+        ("trainer.json", '"seed": 1337', '"seed": 133w'),
+    ],
+)
+def test_a_flipped_bit_in_the_sizes_or_settings_of_such_a_run_costs_one_checkpoint(tuned, capsys, file, before, after):
+    again = shutil.copytree(tuned, tuned.with_name("again"))
+    path = again / "step_000008" / file
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+    train_gpt2.main([*RESUME, *INTERVALS, "--out_dir", "again"])
+    assert "resuming from again/step_000006" in capsys.readouterr().out
+    assert_same_end(tuned, again, 8)
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", [*checkpoint.NEEDED, "MANIFEST.json"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(run, finished_run, capsys, file):
+    flip_a_bit(run / "step_000008" / file)
+    train(quick_config(save_every=2, resume=True))
+    printed = capsys.readouterr().out
+    assert "passing over the checkpoint log/step_000008" in printed and "resuming from log/step_000006" in printed
+    assert_same_end(finished_run, run, 8)
+
+
+@pytest.mark.parametrize("file", [*checkpoint.NEEDED, "MANIFEST.json"])
+@pytest.mark.parametrize("harm", ["truncated", "empty", "flipped", "missing"])
+def test_each_harm_to_each_file_is_named_and_costs_one_checkpoint(run, file, harm):
+    path = run / "step_000008" / file
+    content = path.read_bytes()
+    flip_a_bit(path)
+    if harm != "flipped":
+        path.write_bytes(content[: len(content) // 2] if harm == "truncated" else b"")
+    if harm == "missing":
+        path.unlink()
+    directory, errors = newest_checkpoint(run)
+    assert directory == run / "step_000006" and list(errors) == [run / "step_000008"]
+    assert file in errors[run / "step_000008"] or file == "MANIFEST.json"
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(run):
+    for directory in checkpoints(run).values():
+        (directory / "model.safetensors").unlink()
+    for _ in range(2):
+        with pytest.raises(DataError, match="no checkpoint .* is whole"):
+            train(quick_config(resume=True))
+    assert list(checkpoints(run)) == [8, 6, 4, 2]
+
+
+def test_a_manifest_that_lists_nothing_vouches_for_nothing(run):
+    (run / "step_000008" / "MANIFEST.json").write_text("{}")
+    assert "optimizer.safetensors" in checkpoint_error(run / "step_000008")
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_text("changed"), lambda path: path.unlink()])
+@pytest.mark.parametrize("file", ["README.md", "vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_a_changed_model_card_or_tokenizer_is_no_damage(run, file, change):
+    change(run / "step_000008" / file)
+    assert newest_checkpoint(run) == (run / "step_000008", {})
+
+
+def test_looking_for_a_checkpoint_changes_nothing_on_the_disk(run):
+    flip_a_bit(run / "step_000008" / "model.safetensors")
+    flip_a_bit(run / "step_000006" / "trainer.json")
+    before = contents(run)
+    assert newest_checkpoint(run)[0] == run / "step_000004"
+    assert checkpoint_error(run / "step_000008") and not checkpoint_error(run / "step_000004")
+    assert checkpoint.locate(str(run)) == str(run / "step_000008")
+    assert default_config(TrainConfig(resume=True)).max_steps == 8
+    assert contents(run) == before
+
+
+def test_damaged_newer_checkpoints_are_set_aside_and_older_ones_left(run):
+    for step in (2, 6, 8):
+        flip_a_bit(run / f"step_{step:06d}" / "model.safetensors")
+    assert find_checkpoint(run, True, ALONE) == run / "step_000004"
+    assert sorted(path.name for path in run.glob("step_*")) == [
+        *("step_000002", "step_000004", "step_000006.damaged", "step_000008.damaged")
+    ]
+
+
+def test_a_damaged_newer_checkpoint_never_costs_a_good_one(run):
+    for step in (4, 6, 8):
+        (run / f"step_{step:06d}" / "model.safetensors").write_bytes(b"")
+    train(quick_config(save_every=5, keep=2, resume=True))
+    assert list(checkpoints(run)) == [8, 5]
+    assert not any(checkpoint_error(directory) for directory in checkpoints(run).values())
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    train(quick_config(save_every=2, keep=2))
+    assert sorted(path.name for path in (tmp_path / "log").glob("step_*")) == ["step_000006", "step_000008"]
+    assert not list((tmp_path / "log").glob(".*"))
+
+
+def test_milestones_are_kept_for_ever(tmp_path):
+    train(quick_config(save_every=2, keep=1, milestone_every=3))
+    assert list(checkpoints(tmp_path / "log")) == [8, 6, 3]
+
+
+def test_copies_of_checkpoints_and_other_files_are_left_alone(run):
+    interrupt(run, 4)
+    others = ["step_000004.bak", "step_000004_2", "step_4"]
+    for name in others:
+        shutil.copytree(run / "step_000004", run / name)
+    (run / "step_000010").write_text("a file")
+    train(quick_config(save_every=2, keep=1, resume=True))
+    assert list(checkpoints(run)) == [8]
+    assert all((run / name).exists() for name in [*others, "step_000010"])
+
+
+@pytest.fixture
+def spoil_steps(monkeypatch):
+    """Make the gradients of the steps that follow these not finite."""
+    accumulate = train_gpt2.accumulate_gradients
+
+    def choose(is_spoiled):
+        def accumulate_spoiled(trainer, micro_batches):
+            loss = accumulate(trainer, micro_batches)
+            if is_spoiled(trainer.state.step):
+                trainer.state.gpt.lm_head.weight.grad[0, 0] = float("nan")
+            return loss
+
+        monkeypatch.setattr(train_gpt2, "accumulate_gradients", accumulate_spoiled)
+
+    return choose
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_last_good_checkpoint(tmp_path, spoil_steps):
+    spoil_steps(lambda step: step in (1, 3, 4) or step > 5)
+    with pytest.raises(DataError, match="step 9: 3 steps in a row.*last good checkpoint is log/step_000006"):
+        train(quick_config(max_steps=20, save_every=6, max_skipped=2))
+    assert records(tmp_path / "log", "skipped") == {1: 0, 2: 1, 3: 1, 4: 2, 5: 3, 6: 3, 7: 4, 8: 5, 9: 6}
+    assert [step for step, norm in records(tmp_path / "log", "norm").items() if norm is None] == [2, 4, 5, 7, 8, 9]
+
+
+def test_checkpoints_within_a_streak_of_skipped_steps_cost_none_from_before_it(tmp_path, spoil_steps):
+    spoil_steps(lambda step: step >= 4)
+    with pytest.raises(DataError, match="last good checkpoint is log/step_000004"):
+        train(quick_config(max_steps=20, save_every=1, keep=2, max_skipped=5))
+    assert {3, 4} <= set(checkpoints(tmp_path / "log")) and newest_checkpoint(tmp_path / "log")[0].name == "step_000009"
+
+
+def test_a_streak_of_skipped_steps_is_counted_on_after_resuming(tmp_path, spoil_steps):
+    spoil_steps(lambda step: step >= 1)
+    train(quick_config(**CONSTANT, max_steps=3))
+    with pytest.raises(DataError, match="step 5: 4 steps in a row"):
+        train(quick_config(**CONSTANT, max_steps=8, max_skipped=3, resume=True))
+
+
+def test_a_run_that_was_interrupted_after_skipped_steps_counts_them_as_before(tmp_path, spoil_steps):
+    spoil_steps(lambda step: step in (1, 2, 5))
+    config = quick_config(save_every=2)
+    train(config)
+    again = interrupt(tmp_path / "log", 4, copy="again")
+    train(replace(config, out_dir="again", resume=True))
+    assert_same_end(tmp_path / "log", again, 8)
+    assert records(again, "skipped")[8] == 3
+
+
+# ---- a disk that fills -----------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint_and_no_remains(run):
+    interrupt(run, 4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, before[1]))  # optimizer.safetensors is larger
+    try:
+        with pytest.raises(DataError, match="step 8 could not be saved.*optimizer.safetensors.*--resume"):
+            train(quick_config(save_every=0, resume=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(run.glob(".*"))
+    train(quick_config(save_every=0, resume=True))
+    assert list(checkpoints(run)) == [8, 4, 2]
+
+
+def test_a_disk_that_fills_for_a_while_does_not_stop_training(tmp_path, monkeypatch, capsys):
+    save_tensors, attempts = checkpoint.save_tensors, []
+
+    def fail_once(tensors, path):
+        attempts.append(path)
+        if len(attempts) == 2:
+            path.write_bytes(b"some")
+            raise OSError("No space left on device")
+        save_tensors(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", fail_once)
+    train(quick_config(save_every=2))
+    assert "warning: step 4 could not be saved: No space left" in capsys.readouterr().out
+    assert list(checkpoints(tmp_path / "log")) == [8, 6, 2] and not list((tmp_path / "log").glob(".*"))

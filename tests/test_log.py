@@ -1,0 +1,311 @@
+"""The log holds whole lines, whatever the disk does; trackers and pictures never cost a run."""
+
+import importlib.util
+import json
+import math
+import resource
+import sys
+from types import SimpleNamespace
+
+import matplotlib.image
+import pytest
+from conftest import tiny_config
+
+import plot
+import train_gpt2
+from common.log import Log, Tracker, read_log
+from common.script import DataError, UsageError
+
+NO_TRACKER = Tracker("none", None, {}, 0)
+
+
+def open_log(directory, step=0, redo=False, enabled=True, tracker=NO_TRACKER):
+    log = Log(directory, tracker, enabled)
+    log.start(step, redo, processes=1)
+    return log
+
+
+def write_steps(log, steps):
+    """What a run writes: a validation at each even step, a training loss at each step but the first."""
+    for step in steps:
+        if step > 0:
+            log.write(f"step {step}", step=step, loss=10.0 - step)
+        if step % 2 == 0:
+            log.write(f"step {step}", step=step, val_loss=20.0 - step)
+
+
+def values(directory, key):
+    return {record["step"]: record[key] for record in read_log(directory) if key in record}
+
+
+# ---- writing and reading ---------------------------------------------------------------------------------------------
+
+
+def test_a_log_begins_with_the_process_group_and_gives_back_what_was_written(tmp_path):
+    log = open_log(tmp_path)
+    log.write("step 1", step=1, loss=0.1 + 0.2, batch="ab")
+    assert read_log(tmp_path) == [{"step": 0, "processes": 1}, {"step": 1, "loss": 0.1 + 0.2, "batch": "ab"}]
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == read_log(tmp_path)
+
+
+def test_the_terminal_shows_the_text(tmp_path, capsys):
+    open_log(tmp_path).write("step 1 | loss 3.0", step=1, loss=3.0)
+    assert capsys.readouterr().out == "step 1 | loss 3.0\n"
+
+
+def test_a_log_that_is_not_enabled_writes_and_prints_nothing(tmp_path, capsys):
+    log = open_log(tmp_path, enabled=False)
+    write_steps(log, range(4))
+    log.flush()
+    log.attempt(plot.draw, tmp_path)
+    log.close()
+    assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    open_log(tmp_path).write("", step=1, loss=math.nan, norm=math.inf, lr=0.1)
+    assert read_log(tmp_path)[1:] == [{"step": 1, "loss": None, "norm": None, "lr": 0.1}]
+    assert plot.draw(tmp_path).exists()
+
+
+def test_a_last_line_that_was_cut_off_is_passed_over(tmp_path):
+    write_steps(open_log(tmp_path), range(4))
+    whole = read_log(tmp_path)
+    path = tmp_path / "log.jsonl"
+    content = path.read_bytes()
+    for length in range(len(content) - 20, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert read_log(tmp_path) == whole[:-1]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 2, "lo', "", "[]", "3", "null", '{"loss": 1.0}', '{"step": "2"}', '{"step": 1.5}', "[" * 10**5]
+)
+def test_a_damaged_line_is_refused_by_file_and_number(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(DataError, match="log.jsonl, line 2"):
+        read_log(tmp_path)
+
+
+def test_bytes_that_are_no_text_are_a_damaged_line(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 0}\n\xff\xfe\n{"step": 3}\n')
+    with pytest.raises(DataError, match="line 2"):
+        read_log(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty", "directory"])
+def test_a_directory_without_a_log_is_refused_by_name(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "directory" / "log.jsonl").mkdir(parents=True)
+    with pytest.raises(DataError, match=f"{name} holds no run"):
+        read_log(tmp_path / name)
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_on_resuming_lines_past_the_checkpoint_are_dropped(tmp_path):
+    write_steps(open_log(tmp_path), range(7))
+    open_log(tmp_path, step=4)
+    assert values(tmp_path, "loss") == {step: 10.0 - step for step in (1, 2, 3, 4)}
+    assert values(tmp_path, "val_loss") == {0: 20.0, 2: 18.0, 4: 16.0}
+
+
+def test_an_evaluation_that_will_be_made_again_is_dropped_and_the_steps_own_loss_is_not(tmp_path):
+    write_steps(open_log(tmp_path), range(7))
+    open_log(tmp_path, step=4, redo=True)
+    assert values(tmp_path, "loss") == {step: 10.0 - step for step in (1, 2, 3, 4)}
+    assert values(tmp_path, "val_loss") == {0: 20.0, 2: 18.0}
+
+
+@pytest.mark.parametrize("redo", [False, True])
+def test_a_run_resumed_twice_has_each_line_once(tmp_path, redo):
+    write_steps(open_log(tmp_path), range(7))
+    for step in (4, 2):
+        log = open_log(tmp_path, step, redo)
+        write_steps(log, range(step + (not redo), 7))
+        evaluated = [record["step"] for record in read_log(tmp_path) if "val_loss" in record]
+        trained = [record["step"] for record in read_log(tmp_path) if "loss" in record]
+        assert evaluated == [0, 2, 4, 6]
+        assert sorted(set(trained)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_log_of_a_run_that_begins_anew_is_begun_anew(tmp_path):
+    write_steps(open_log(tmp_path), range(7))
+    open_log(tmp_path)
+    assert len(read_log(tmp_path)) == 1
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_next_on_resuming(tmp_path):
+    write_steps(open_log(tmp_path), range(5))
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    open_log(tmp_path, step=4).write("", step=5, loss=5.0)
+    assert values(tmp_path, "loss")[5] == 5.0
+
+
+# ---- a disk that does not take it ------------------------------------------------------------------------------------
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_the_log_whole_and_is_warned_of_once(tmp_path, capsys):
+    log = open_log(tmp_path)
+    log.write("step 1", step=1, loss=1.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 25, before[1]))
+    try:
+        for step in (2, 3):
+            log.write(f"step {step}", step=step, loss=0.123456789)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.write("step 4", step=4, loss=1.0)
+    assert list(values(tmp_path, "loss")) == [1, 4]
+    printed = capsys.readouterr().out
+    assert printed.count("cannot be written") == 1 and "training goes on" in printed and "step 3" in printed
+
+
+def test_a_picture_that_cannot_be_drawn_is_warned_of_once_and_left_out(tmp_path, capsys):
+    log = open_log(tmp_path)
+    (tmp_path / "loss.png").mkdir()
+    log.attempt(plot.draw, tmp_path)
+    log.attempt(plot.draw, tmp_path)
+    assert capsys.readouterr().out.count("warning: ") == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---- trackers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A tracker's library that remembers what it is sent, and with `fails` has no connection at step 3."""
+    library = SimpleNamespace(sent=[], runs=[], finished=0, fails=False)
+
+    def log(record, step):
+        if library.fails and step == 3:
+            raise RuntimeError("no connection")
+        library.sent.append((step, record))
+
+    def finish():
+        library.finished += 1
+
+    library.init = lambda **settings: library.runs.append(settings)
+    library.log, library.finish = log, finish
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    return library
+
+
+def test_a_tracker_gets_the_settings_and_the_numbers_of_each_step(tmp_path, library):
+    tracker = Tracker("wandb", tmp_path / "run", {"max_steps": 6}, 0)
+    assert library.runs[0]["name"] == "run" and library.runs[0]["config"] == {"max_steps": 6}
+    log = open_log(tmp_path, tracker=tracker)
+    log.write("", step=1, loss=2.0, mfu=None, norm=math.nan, batch="abc")
+    log.close()
+    assert library.sent == [(1, {"loss": 2.0})] and library.finished == 1
+
+
+def test_a_tracker_that_fails_says_so_once_and_is_left_out_from_then_on(tmp_path, library, capsys):
+    library.fails = True
+    log = open_log(tmp_path, tracker=Tracker("wandb", tmp_path, {}, 0))
+    write_steps(log, range(6))
+    log.close()
+    assert [step for step, _ in library.sent] == [0, 1, 2, 2]
+    assert list(values(tmp_path, "loss")) == [1, 2, 3, 4, 5]
+    warning = "--tracker wandb is left out from here: RuntimeError('no connection')"
+    assert capsys.readouterr().out.count(warning) == 1
+
+
+def test_a_tracker_that_does_not_open_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    write_steps(open_log(tmp_path, tracker=Tracker("wandb", tmp_path, {}, 0)), range(6))
+    assert list(values(tmp_path, "loss")) == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().out.count("--tracker wandb is left out from here") == 1
+
+
+def test_tensorboard_shows_the_losses_and_on_resuming_not_those_past_the_checkpoint(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, steps in ((0, range(7)), (4, range(5, 6))):
+        log = open_log(tmp_path, start, tracker=Tracker("tensorboard", tmp_path, {"seed": 1}, start))
+        write_steps(log, steps)
+        log.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    assert shown == pytest.approx(values(tmp_path, "loss")) and list(shown) == [1, 2, 3, 4, 5]
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Draw a log of these records; returns the picture, and the axes that matplotlib drew."""
+    from matplotlib.figure import Figure
+
+    axes = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (axes.extend(self.axes), save(self, *args, **kw)))
+
+    def draw(*records):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return matplotlib.image.imread(plot.draw(tmp_path)), axes
+
+    return draw
+
+
+def curves(axes):
+    return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+
+
+def test_the_picture_has_the_losses_by_step_and_the_unigram_loss(drawn):
+    image, (loss,) = drawn(
+        {"step": 0, "unigram_loss": 7.5},
+        {"step": 0, "val_loss": 11.0},
+        {"step": 1, "loss": 10.0},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": 8.0},
+        {"step": 3, "val_loss": 9.0},
+    )
+    assert curves(loss)["train"] == [(1, 10.0), (3, 8.0)]
+    assert curves(loss)["validation"] == [(0, 11.0), (3, 9.0)]
+    assert any("unigram 7.50" in label for label in curves(loss))
+    assert image.shape[1] < 1000 and image.std() > 0
+
+
+def test_hellaswag_has_a_panel_beside_openais_score_where_there_are_scores(drawn):
+    image, (_, accuracy) = drawn({"step": 0, "loss": 1.0}, {"step": 250, "hellaswag_nanogpt_acc_norm": 0.25})
+    assert (250, 0.25) in curves(accuracy)["this run"]
+    assert any("OpenAI GPT-2 124M 0.2955" in label for label in curves(accuracy))
+    assert image.shape[1] > 1000
+
+
+def test_a_log_without_losses_is_drawn_too(drawn):
+    image, _ = drawn()
+    assert image.shape[2] in (3, 4)
+
+
+@pytest.mark.parametrize("value", ["low", [1], {}])
+def test_values_that_are_no_numbers_are_left_out_of_the_picture(drawn, value):
+    record = {"step": 0, "loss": value, "unigram_loss": value, "hellaswag_nanogpt_acc_norm": value}
+    _, axes = drawn(record, {"step": 1, "loss": 2.0})
+    assert curves(axes[0])["train"] == [(1, 2.0)] and len(axes) == 1
+
+
+def test_plot_refuses_a_directory_without_a_run_and_leaves_no_file(tmp_path):
+    with pytest.raises(DataError, match="log holds no run"):
+        plot.main([])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_script_draws_the_run_it_is_given_and_prints_the_pictures_path(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    open_log(tmp_path / "run")
+    plot.main(["--out_dir", "run"])
+    assert capsys.readouterr().out.strip() == "run/loss.png"
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_run(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trackio" else find(name))
+    with pytest.raises(UsageError, match="--tracker trackio is not installed"):
+        train_gpt2.train(tiny_config(tracker="trackio"))
