@@ -16,7 +16,7 @@ demo: .venv/demo
 	.venv/bin/python sample.py --checkpoint demo --prompt "Hello, I'm a language model,"
 
 test: .venv/test
-	.venv/bin/python -m pytest -q -m "not slow"
+	.venv/bin/python -m pytest -q -n 2 -m "not slow"
 
 test-slow: .venv/test
 	.venv/bin/python -m pytest -q -m slow

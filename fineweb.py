@@ -39,6 +39,8 @@ from common import hub
 from common.files import lock, sha256
 from common.script import DataError, Positive, UsageError, check_settings, parse_flags, progress_bar, run
 from common.shards import (
+    FULL_DATA,
+    SAMPLE_DATA,
     count_tokens,
     list_shards,
     load_manifest,
@@ -53,7 +55,7 @@ from common.tokenizer import END_OF_TEXT, VOCABULARY, encoding, utf8
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 BATCH_BYTES = 1 << 25
-BATCHES_A_CACHE = 256  # gigatoken remembers every word that it has seen, so it is loaded anew now and then
+RELOAD_EVERY = 256  # batches; gigatoken remembers every word that it has seen, so it is loaded anew now and then
 LONG_WHITE_SPACE = 500_000  # characters; tiktoken's stack overflows at about twice as many
 
 Item = TypeVar("Item")
@@ -78,7 +80,7 @@ class FinewebConfig:
 
     @property
     def directory(self) -> Path:
-        return Path(self.out_dir or ("sample_shards" if self.sample else "edu_fineweb10B"))
+        return Path(self.out_dir or (SAMPLE_DATA if self.sample else FULL_DATA))
 
     @property
     def tokens_per_shard(self) -> int:
@@ -95,7 +97,7 @@ def check_config(config: FinewebConfig) -> None:
     if config.dataset != FINEWEB_EDU and config.revision == FINEWEB_EDU_REVISION:
         raise UsageError(f"--dataset {config.dataset} needs its own --revision")
     if config.max_tokens and config.max_tokens <= config.tokens_per_shard:
-        raise UsageError(f"--max_tokens {config.max_tokens} fill no second shard: choose a --shard_size below it")
+        raise UsageError(f"--max_tokens {config.max_tokens} do not fill a second shard: choose a smaller --shard_size")
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def open_source(config: FinewebConfig) -> Source:
         return Source(identity, lambda: names, lambda name: read_file(Path(name), config.text_column))
     identity = {key: getattr(config, key) for key in ("dataset", "name", "revision", "text_column")}
     data_set = hub.DataSet(config.dataset, config.name, config.revision)
-    downloads = None if config.keep_downloads else config.directory / "downloads"
+    downloads = None if config.keep_downloads else config.directory / ".downloads"
     return Source(
         identity,
         lambda: data_set.list_files(tuple(READERS)),
@@ -273,17 +275,17 @@ def read_batches(source: Source, names: list[str], start: Position) -> Iterator[
     for number, documents in prefetch(files, 1):
         first = start.document if number == start.file else 0
         texts = (document for document in documents if document is not None)
-        for batch in split(itertools.islice(texts, first, None), BATCH_BYTES):
+        for batch in group_by_bytes(itertools.islice(texts, first, None), BATCH_BYTES):
             yield Batch(names[number], Position(number, first), batch)
             first += len(batch)
 
 
-def split(texts: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
+def group_by_bytes(texts: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
     """The texts in lists of at least `size` bytes, except the last."""
     batch, total = [], 0
     for text in texts:
         batch.append(text)
-        total += len(text) + 1
+        total += len(text) + 1  # so that empty texts count too
         if total >= size:
             yield batch
             batch, total = [], 0
@@ -292,9 +294,9 @@ def split(texts: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
 
 
 def prefetch(items: Iterator[Item], count: int) -> Iterator[Item]:
-    """Yield the items, of which a thread makes up to `count` before they are asked for.
+    """Yield the items, of which a thread prepares up to `count` ahead.
 
-    Whoever stops asking does not wait for the item that is under way, which may be a long download.
+    A consumer that stops early does not wait for the item in progress, which may be a long download.
     """
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     room = threading.Semaphore(count)
@@ -358,7 +360,7 @@ def encode_with_gigatoken(batches: Iterable[Batch], workers: int) -> Iterator[tu
     """Each batch with the tokens of its documents, of which tiktoken checks some."""
     os.environ["RAYON_NUM_THREADS"] = str(workers)  # gigatoken reads it when it encodes for the first time
     for number, batch in enumerate(batches):
-        if number % BATCHES_A_CACHE == 0:
+        if number % RELOAD_EVERY == 0:
             tokenizer = load_gigatoken()
         encoded = tokenizer.encode_batch(batch.texts).layout
         tokens = np.asarray(encoded.content.data).astype(np.uint16)
@@ -383,11 +385,11 @@ def load_gigatoken() -> Any:
 
 
 def check_tokens(batch: Batch, documents: list[np.ndarray]) -> None:
-    """Raise DataError unless tiktoken gives the same tokens: of the longest text, a few others, and all odd ones."""
+    """Raise DataError unless tiktoken agrees on the longest text, a few others, and all with long white space."""
     texts = batch.texts
     longest = max(range(len(texts)), key=lambda index: len(texts[index]))
-    odd = [index for index, text in enumerate(texts) if has_long_white_space(text)]
-    for index in sorted({longest, *odd, *range(0, len(texts), len(texts) // 4 + 1)}):
+    unusual = [index for index, text in enumerate(texts) if has_long_white_space(text)]
+    for index in sorted({longest, *unusual, *range(0, len(texts), len(texts) // 4 + 1)}):
         if not np.array_equal(documents[index], encode_text(batch, index)):
             raise DataError(f"gigatoken and tiktoken differ on {batch.name(index)}: add --encoder tiktoken")
 
@@ -447,10 +449,10 @@ def build(config: FinewebConfig) -> dict:
             if not manifest["complete"]:
                 write_shards(config, source, manifest)
         except OSError as error:
-            remedy = "the shards so far are whole; mend that, and run the same command again"
-            raise DataError(f"cannot write to {directory} ({error}): {remedy}") from None
-        if not config.sample and not config.input:
-            shutil.rmtree(directory / "downloads", ignore_errors=True)
+            remedy = "finished shards are intact; fix the cause, and run the same command again"
+            raise DataError(f"cannot build {directory} ({error}): {remedy}") from None
+        if not (config.sample or config.input or config.keep_downloads):
+            shutil.rmtree(directory / ".downloads", ignore_errors=True)
     return manifest
 
 
@@ -481,8 +483,9 @@ def write_shards(config: FinewebConfig, source: Source, manifest: dict) -> None:
         names = source.list_files()
         for tokens, following in make_shards(config, source, names, entries, bar.update):
             if following is None and not entries:
-                size = f"{len(tokens)} tokens fill no second shard of --shard_size {config.tokens_per_shard}"
-                raise UsageError(f"the source's {size}: choose a smaller size, or a source with more text")
+                tokens_here = f"the source has only {len(tokens)} tokens"
+                size = f"--shard_size {config.tokens_per_shard}"
+                raise UsageError(f"{tokens_here}, not enough for a second shard: choose a smaller {size}, or more text")
             counts.append(count_tokens(tokens))
             entry = write_shard(directory, len(entries), tokens)
             entries.append(entry | {"next": following and asdict(following)})

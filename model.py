@@ -153,10 +153,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The final hidden states (B, T, C) of token ids (B, T), from which the LM head computes logits.
 
-        A token sees itself and those before it. With `caches`, one a layer, the first call reads the beginning and
+        A token sees itself and those before it. With `caches`, one per layer, the first call reads the beginning and
         fills them, and each later one takes a single token. With `positions` (B, T), each below block_size, and a
-        `mask` (B, 1, T, T), true where the token of a row sees that of a column, the caller says where tokens stand
-        and what they see. Raises ValueError for more than block_size tokens.
+        `mask` (B, 1, T, T), true where the token of a row sees that of a column, the caller gives each
+        token's position and attention mask. Raises ValueError for more than block_size tokens.
         """
         T, cached = idx.shape[1], caches[0].length if caches else 0
         assert cached == 0 or T == 1
@@ -251,9 +251,9 @@ def sample_token(
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Those (B, V) of the fewest ids that come to `top_p`, the others' being 0."""
+    """Keep the fewest ids whose probabilities (B, V) sum to `top_p`, and zero the rest."""
     descending, order = probabilities.sort(dim=-1, descending=True)
-    likelier = descending.cumsum(dim=-1) - descending  # what the ids before each come to
+    likelier = descending.cumsum(dim=-1) - descending  # the sum over the ids before each
     kept = descending.masked_fill(likelier >= top_p, 0.0)
     kept[:, 0] = descending[:, 0]  # also where top_p rounds to 0
     return torch.zeros_like(kept).scatter(1, order, kept)

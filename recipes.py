@@ -12,15 +12,13 @@ import torch
 from common import checkpoint, script
 from common.huggingface import read_config
 from common.script import Positive, UsageError, Value
-from common.shards import load_manifest
+from common.shards import FULL_DATA, SAMPLE_DATA, load_manifest
 from common.tokenizer import N_TOKENS
 from model import PRESETS, GPTConfig
 
-FULL_DATA, SAMPLE_DATA = "edu_fineweb10B", "sample_shards"
-
 Size = Literal["debug", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-Attention = Literal["auto", "flash", "cudnn", "efficient", "math"]
+AttentionBackend = Literal["auto", "flash", "cudnn", "efficient", "math"]
 MustMatch = Annotated[Value, "must match on resume"]  # a setting that alters a run's results beyond rounding
 
 
@@ -34,10 +32,10 @@ class TrainConfig:
     out_dir: str = "log"  # directory of the checkpoints, log.jsonl and loss.png
     resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
 
-    batch_size: Positive[int] = 32  # sequences in a micro-batch; fewer if memory runs out
+    batch_size: Positive[int] = 32  # sequences in a micro-batch; lower it if memory runs out
     block_size: MustMatch[Positive[int | None]] = None  # tokens in a sequence; None: as many as the model has positions
     total_batch_size: MustMatch[Positive[int]] = 2**19  # tokens in an optimizer step
-    initial_batch_size: MustMatch[Positive[int | None]] = None  # total_batch_size at first; None: no ramp
+    initial_batch_size: MustMatch[Positive[int | None]] = None  # tokens in a step at the ramp's start; None: no ramp
     batch_ramp_tokens: MustMatch[int] = 0  # tokens over which the batch grows to total_batch_size; 0: no ramp
     shuffle: MustMatch[bool] = False  # visit the rows in random order in the first epoch too
     seed: MustMatch[int] = 1337  # seed of the initial weights and the order of the rows
@@ -49,7 +47,7 @@ class TrainConfig:
     beta1: MustMatch[float] = 0.9  # AdamW's decay of the first moment
     beta2: MustMatch[float] = 0.95  # AdamW's decay of the second moment
     weight_decay: MustMatch[float] = 0.1  # decay of matrices; biases and norms have none
-    grad_clip: MustMatch[float] = 1.0  # largest norm of the gradient; 0: any
+    grad_clip: MustMatch[float] = 1.0  # largest norm of the gradient; 0: no clipping
 
     eval_every: int = 250  # optimizer steps between validations; 0: none
     val_tokens: Positive[int] = 20 * 2**19  # tokens of the val shard to validate on, at most
@@ -60,18 +58,18 @@ class TrainConfig:
     milestone_every: int = 0  # optimizer steps between checkpoints that are kept for good; 0: none
     log_every: Positive[int] = 1  # optimizer steps between lines of the log
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where else to log
-    max_skipped: int = 10  # steps in a row without a finite loss and gradient that the run survives
+    max_skipped: int = 10  # skipped steps in a row, without a finite loss and gradient, to tolerate
     timeout: Positive[int] = 600  # seconds that a process waits for the others
 
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
-    dtype: Dtype = "auto"  # of autocast; auto: bfloat16 where the device computes it
-    attention: Attention = "auto"  # the backend of scaled_dot_product_attention; auto: torch's own choice
+    dtype: Dtype = "auto"  # of autocast; auto: bfloat16, or without it float16 on CUDA, else float32
+    attention: AttentionBackend = "auto"  # the backend of scaled_dot_product_attention; auto: torch's own choice
     compile: bool | None = None  # compile the model; None: on a CUDA device
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # how torch.compile searches for speed
 
 
-# Total batches and learning rates are GPT-3's for these sizes (Brown et al., 2020, table 2.1), the warm-up its 375
-# million tokens, the length one pass over 10 billion
+# From gpt2 on: total batches and learning rates are GPT-3's for these sizes (Brown et al., 2020, table 2.1), the
+# warm-up its 375 million tokens, the length one pass over 10 billion
 RECIPES = {
     "debug": TrainConfig(
         model="debug",
@@ -98,26 +96,26 @@ RECIPES = {
 MUST_MATCH = script.marked_fields(TrainConfig, "must match on resume")
 
 
-def parse(argv: list[str] | None, help: str | None) -> TrainConfig:
+def parse_config(argv: list[str] | None, description: str | None) -> TrainConfig:
     """The command line's settings; their defaults depend on the size, and on the run that is resumed."""
-    given = script.parse_known_flags(TrainConfig, argv)
-    return script.parse_flags(TrainConfig, argv, help, default_config(given))
+    flags = script.parse_known_flags(TrainConfig, argv)
+    return script.parse_flags(TrainConfig, argv, description, default_config(flags))
 
 
-def default_config(given: TrainConfig) -> TrainConfig:
+def default_config(flags: TrainConfig) -> TrainConfig:
     """The recipe of the size that is asked for, or of the run that is resumed with what must match on resuming."""
-    saved = checkpoint.saved_settings(Path(given.out_dir)) if given.resume else {}
+    saved = checkpoint.saved_settings(Path(flags.out_dir)) if flags.resume else {}
     if saved.get("model") in RECIPES:
-        names = [name for name in [*MUST_MATCH, "max_steps"] if name in saved]
+        names = [name for name in [*MUST_MATCH, "max_steps", "data_dir"] if name in saved]
         return replace(RECIPES[saved["model"]], **{name: saved[name] for name in names})
-    if given.init_from and given.model:
-        raise UsageError(f"--init_from {given.init_from} brings its own size: leave out --model {given.model}")
-    if given.init_from:
-        sizes = read_config(checkpoint.locate(given.init_from))
-        as_large = [name for name, p in PRESETS.items() if p.n_layer >= sizes.n_layer and p.n_embd >= sizes.n_embd]
-        recipe = RECIPES[[*as_large, "gpt2-xl"][0]]
+    if flags.init_from and flags.model:
+        raise UsageError(f"--init_from {flags.init_from} brings its own size: leave out --model {flags.model}")
+    if flags.init_from:
+        sizes = read_config(checkpoint.locate(flags.init_from))
+        as_large = (name for name, p in PRESETS.items() if p.n_layer >= sizes.n_layer and p.n_embd >= sizes.n_embd)
+        recipe = RECIPES[next(as_large, "gpt2-xl")]
         return replace(recipe, max_lr=recipe.max_lr / 10)  # the weights are good already
-    return RECIPES[given.model or default_model(script.choose_device(given.device))]
+    return RECIPES[flags.model or default_model(script.choose_device(flags.device))]
 
 
 def default_model(device: torch.device) -> str:
@@ -128,7 +126,7 @@ def fill_defaults(config: TrainConfig, device: torch.device, sizes: GPTConfig) -
     """Fill in what depends on the device and the network's sizes."""
     dtype = auto_dtype(device) if config.dtype == "auto" else config.dtype
     defaults = {
-        "data_dir": default_data_dir(config.model),
+        "data_dir": None if config.data_dir else default_data_dir(config.model),
         "block_size": sizes.block_size,
         "initial_batch_size": config.total_batch_size,
         "min_lr": 0.1 * config.max_lr,

@@ -38,15 +38,14 @@ from common.huggingface import load_gpt, read_gpt
 from common.log import Log, Tracker
 from common.processes import World, start_processes, stop_signals
 from common.script import DataError, UsageError
-from common.shards import Shard, Shards, load_manifest, open_shards
+from common.shards import SAMPLE_DATA, Shard, Shards, load_manifest, open_shards
 from model import GPT, GPTConfig
 from recipes import (
-    SAMPLE_DATA,
     TrainConfig,
     default_model,
     fill_defaults,
     network_sizes,
-    parse,
+    parse_config,
     refuse_changes,
     validate,
 )
@@ -70,13 +69,15 @@ def load_shards(config: TrainConfig, world: World) -> Shards:
         fineweb.build(fineweb.FinewebConfig(sample=True, encoder="tiktoken", workers=1))
     world.barrier()  # until they are built
     shards = open_shards(directory)
-    if len(shards.val) <= config.block_size or sum(map(len, shards.train)) <= config.total_batch_size:
+    if len(shards.val) <= config.block_size:
+        raise UsageError(f"--data_dir {directory} has too few val tokens for one row: lower --block_size")
+    if sum(map(len, shards.train)) <= config.total_batch_size:
         raise UsageError(f"--data_dir {directory} holds too few tokens for one batch: lower --total_batch_size")
     return shards
 
 
 class Batches:
-    """The train shards as one stream of tokens, divided into rows of block_size, each with the label of its last token.
+    """The train shards as one stream of tokens, divided into rows of block_size, each with one more, the last label.
 
     A position counts tokens from the start of the first epoch; it is the whole state. The first epoch's rows come in
     order, the others' (with `shuffle` its own too) in a permutation drawn from the seed and the epoch. What an epoch
@@ -85,8 +86,8 @@ class Batches:
 
     def __init__(self, shards: list[Shard], block_size: int, seed: int, shuffle: bool) -> None:
         self.shards, self.block_size, self.seed, self.shuffle = shards, block_size, seed, shuffle
-        self.starts = np.cumsum([0] + [len(shard) for shard in shards])
-        self.rows = int(self.starts[-1] - 1) // block_size  # in an epoch
+        self.shard_starts = np.cumsum([0] + [len(shard) for shard in shards])
+        self.rows = int(self.shard_starts[-1] - 1) // block_size  # in an epoch
 
     def at(self, position: int, tokens: int) -> tuple[Tensor, int]:
         """The batch of `tokens` tokens at a position: rows (tokens / T, T + 1), and the position after it."""
@@ -96,8 +97,8 @@ class Batches:
             epoch, first = epoch + 1, 0
         T, after = self.block_size, (epoch * self.rows + first + count) * self.block_size
         if epoch == 0 and not self.shuffle:
-            tokens = self.read(first * T, (first + count) * T + 1)
-            return torch.from_numpy(tokens.astype(np.int64)).unfold(0, T + 1, T), after
+            stretch = self.read(first * T, (first + count) * T + 1)
+            return torch.from_numpy(stretch.astype(np.int64)).unfold(0, T + 1, T), after
         starts = permutation(self.rows, self.seed, epoch)[first : first + count] * T
         rows = np.stack([self.read(int(start), int(start) + T + 1) for start in starts])
         return torch.from_numpy(rows.astype(np.int64)), after
@@ -105,9 +106,9 @@ class Batches:
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens from `start` to `stop` of the stream, from one shard or from several."""
         parts = []
-        number = int(np.searchsorted(self.starts, start, side="right")) - 1
+        number = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
         while start < stop:
-            begin, end = self.starts[number : number + 2]
+            begin, end = self.shard_starts[number : number + 2]
             parts.append(self.shards[number].read(start - begin, min(stop, end) - begin))
             start, number = end, number + 1
         return np.concatenate(parts)
@@ -141,7 +142,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def batch_tokens(config: TrainConfig, position: int) -> int:
     """Tokens of the optimizer step at a position: GPT-3's linear ramp, in whole multiples of initial_batch_size.
 
-    That unit holds whole micro-batches of every process, and depends on neither.
+    With that unit the ramp is the same for any micro-batch and number of processes.
     """
     if position >= config.batch_ramp_tokens:
         return config.total_batch_size
@@ -230,7 +231,7 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def attention_backend(config: TrainConfig, device: torch.device, masked: bool = False) -> Iterator[None]:
-    """Enable --attention's backend alone; for masks, which flash attention has not on a GPU, the math backend too."""
+    """Enable --attention's backend alone; for masks, which flash attention does not support on a GPU, math too."""
     if config.attention == "auto":
         yield
         return
@@ -242,7 +243,7 @@ def attention_backend(config: TrainConfig, device: torch.device, masked: bool = 
         try:
             F.scaled_dot_product_attention(q, q, q, is_causal=True)
         except RuntimeError:
-            raise UsageError(f"--attention {config.attention} cannot be had on {device} in {config.dtype}") from None
+            raise UsageError(f"--attention {config.attention} is not supported on {device} in {config.dtype}") from None
         yield
 
 
@@ -270,13 +271,13 @@ def validation_loss(trainer: Trainer, val: Shard) -> dict[str, float]:
 
 
 def load_hellaswag(config: TrainConfig, world: World, shards: Shards) -> list[hellaswag.Question] | None:
-    """This process's share of HellaSwag; where a machine cannot have the file, a notice, and None on all."""
+    """This process's share of HellaSwag; prints a notice and returns None on all if a machine cannot have the file."""
     failed = False
     if config.hellaswag_every and world.local_rank == 0:
         try:
             hellaswag.download()
         except DataError as error:
-            print(f"HellaSwag is left out: {error}", flush=True)
+            print(f"HellaSwag is skipped: {error}", flush=True)
             failed = True
     if world.any_rank(failed) or not config.hellaswag_every:
         return None
@@ -293,7 +294,7 @@ def score_hellaswag(trainer: Trainer, questions: list[hellaswag.Question]) -> di
         except FloatingPointError as reason:
             error = reason
     if world.any_rank(error is not None):
-        raise FloatingPointError(f"HellaSwag is left out: {error or 'another process has no finite losses'}")
+        raise FloatingPointError(f"HellaSwag is skipped: {error or 'another process has no finite losses'}")
     count = int(world.sum(torch.tensor(len(questions))))
     return {f"hellaswag_{name}": v for name, v in hellaswag.accuracies(world.sum(correct), count).items()}
 
@@ -319,7 +320,7 @@ EVALUATIONS = (
 
 
 def evaluate(trainer: Trainer, data: dict[str, Any], log: Log, last: bool) -> None:
-    """Whatever is due at this step; an evaluation that the model's state does not allow is left out with a warning."""
+    """Run what is due at this step; an evaluation that the model's state does not allow is skipped with a warning."""
     config, state = trainer.config, trainer.state
     for every, _, score in EVALUATIONS:
         if data[every] is None or not is_due(getattr(config, every), state.step, last):
@@ -345,7 +346,7 @@ def is_due(every: int, step: int, last: bool = False) -> bool:
 # ---- starting, saving, resuming --------------------------------------------------------------------------------------
 
 
-def settle(config: TrainConfig, world: World, directory: Path | None) -> tuple[TrainConfig, GPTConfig]:
+def complete_config(config: TrainConfig, world: World, directory: Path | None) -> tuple[TrainConfig, GPTConfig]:
     """The settings with all defaults filled in, and the network's sizes; raises UsageError where they do not fit."""
     script.check_settings(config)
     config = replace(config, model=config.model or default_model(world.device))
@@ -357,7 +358,7 @@ def settle(config: TrainConfig, world: World, directory: Path | None) -> tuple[T
     return config, sizes
 
 
-def start(config: TrainConfig, world: World, sizes: GPTConfig) -> Trainer:
+def start_run(config: TrainConfig, world: World, sizes: GPTConfig) -> Trainer:
     """A new run, from random weights or those of --init_from."""
     torch.manual_seed(config.seed)
     if config.init_from:
@@ -365,11 +366,11 @@ def start(config: TrainConfig, world: World, sizes: GPTConfig) -> Trainer:
     return make_trainer(config, world, GPT(replace(sizes, block_size=config.block_size)))
 
 
-def resume(config: TrainConfig, world: World, directory: Path, shards: Shards) -> Trainer:
-    """The run that a checkpoint holds; raises UsageError where its data or past learning rates were others."""
+def resume_run(config: TrainConfig, world: World, directory: Path, shards: Shards) -> Trainer:
+    """The run that a checkpoint holds; raises UsageError if its data or past learning rates differ."""
     record = checkpoint.read_record(directory)
     before = replace(config, max_steps=record["config"].get("max_steps", config.max_steps))
-    last = max(record["step"] - 1, 0)  # where schedules part, the last step that was done parts first
+    last = max(record["step"] - 1, 0)  # if schedules differ at any completed step, they differ at the last one
     if learning_rate(before, last) != learning_rate(config, last):
         raise UsageError(f"--max_steps {config.max_steps} changes learning rates of steps done with {before.max_steps}")
     if record["data"] != shards.identity:
@@ -398,7 +399,7 @@ def is_save_due(config: TrainConfig, step: int) -> bool:
 
 
 def save(trainer: Trainer, log: Log, shards: Shards, last: bool) -> None:
-    """Save a checkpoint; a disk that does not take it ends the run only where there is no later one to come."""
+    """Save a checkpoint; a failed write ends the run only if no later save will follow."""
     config, state, out_dir = trainer.config, trainer.state, Path(trainer.config.out_dir)
     if not trainer.world.is_main:
         return
@@ -450,6 +451,8 @@ def flops_per_token(gpt: GPT) -> int:
 
 def log_step(trainer: Trainer, log: Log, rows: Tensor, loss: float, norm: float, seconds: float) -> None:
     """Log the last optimizer step."""
+    if not trainer.world.is_main:
+        return
     config, state = trainer.config, trainer.state
     tokens = rows[:, 1:].numel()
     rate, peak = tokens / seconds, script.peak_flops(trainer.world.device)
@@ -476,7 +479,7 @@ def log_step(trainer: Trainer, log: Log, rows: Tensor, loss: float, norm: float,
         state.scores["training loss"] = [state.step, loss]
 
 
-def refuse_to_diverge(trainer: Trainer) -> None:
+def stop_if_diverged(trainer: Trainer) -> None:
     """Raise DataError, naming the last good checkpoint, where too many steps in a row were skipped."""
     config, state = trainer.config, trainer.state
     if state.skipped_in_a_row > config.max_skipped:
@@ -502,14 +505,15 @@ def train(config: TrainConfig) -> None:
         if world.is_main:
             stack.enter_context(claim(Path(config.out_dir)))
         directory = checkpoint.find_checkpoint(Path(config.out_dir), config.resume, world)
-        config, sizes = settle(config, world, directory)
+        config, sizes = complete_config(config, world, directory)
         shards = load_shards(config, world)
         batches = Batches(shards.train, config.block_size, config.seed, config.shuffle)
-        trainer = resume(config, world, directory, shards) if directory else start(config, world, sizes)
+        trainer = resume_run(config, world, directory, shards) if directory else start_run(config, world, sizes)
         state, first_step = trainer.state, trainer.state.step
         print_summary(trainer, shards)
         if first_step >= config.max_steps:
-            return world.print(f"the run in {config.out_dir} is finished: {first_step} of {config.max_steps} steps")
+            world.print(f"the run in {config.out_dir} is finished: {first_step} of {config.max_steps} steps")
+            return
         stack.enter_context(attention_backend(config, world.device))
         data = {every: load(config, world, shards) for every, load, _ in EVALUATIONS}
         log = open_log(trainer, shards)
@@ -527,7 +531,7 @@ def train(config: TrainConfig) -> None:
             loss, norm = training_step(trainer, rows)
             if is_due(config.log_every, state.step, last=state.step == config.max_steps):
                 log_step(trainer, log, rows, loss, norm, time.perf_counter() - began)
-            refuse_to_diverge(trainer)
+            stop_if_diverged(trainer)
         log.close()
         world.barrier()  # for the main process to save
         how = f"finished: {config.out_dir}/step_{state.step:06d}"
@@ -536,7 +540,7 @@ def train(config: TrainConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with script.explain_out_of_memory("--batch_size"):
-        train(parse(argv, __doc__))
+        train(parse_config(argv, __doc__))
 
 
 if __name__ == "__main__":

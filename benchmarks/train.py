@@ -51,7 +51,7 @@ from common.script import (
 )
 from common.tokenizer import N_TOKENS
 from model import GPT, PRESETS
-from recipes import RECIPES, Attention, Size, TrainConfig, fill_defaults, validate
+from recipes import RECIPES, AttentionBackend, Size, TrainConfig, fill_defaults, validate
 
 WAYS = ("transformers", "transformers_compiled", "eager", "compiled")
 Step = Callable[[Tensor], float]  # an optimizer step on rows (N, T + 1), which returns the loss
@@ -66,7 +66,7 @@ class BenchmarkConfig:
     warmup: Positive[int] = 2  # optimizer steps before them
     only: Literal["transformers", "transformers_compiled", "eager", "compiled"] | None = None  # way to measure alone
     profile: bool = False  # print where the time of --only, or of this program's default, goes
-    attention: Attention = "auto"  # this program's backend of scaled_dot_product_attention; auto: torch's own choice
+    attention: AttentionBackend = "auto"  # backend of scaled_dot_product_attention; auto: torch's own choice
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # of the compiled ways
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
 

@@ -52,7 +52,7 @@ def checkpoints(out_dir: Path) -> dict[int, Path]:
 def locate(source: str) -> str:
     """The checkpoint that a --checkpoint or --init_from means: of a run's directory, the newest."""
     if source == "log" and not Path(source).exists():  # the default, and no model's name on the Hub
-        raise DataError("there is no run in log: train one with train_gpt2.py, or choose a model with --checkpoint")
+        raise DataError("there is no run in log: train one with train_gpt2.py, or choose another")
     return str(next(iter(checkpoints(Path(source)).values()), source))
 
 
@@ -183,7 +183,7 @@ def checkpoint_error(directory: Path) -> str | None:
 
 
 def find_checkpoint(out_dir: Path, resume: bool, world: World) -> Path | None:
-    """The checkpoint to resume from, the same on all ranks, or None to begin; sets damaged ones aside that are newer.
+    """The checkpoint to resume from, the same on all ranks, or None to begin; sets newer, damaged ones aside.
 
     Raises UsageError where a run would be overwritten, DataError where all checkpoints are damaged, or where a process
     does not see the one that the main process chose.
@@ -244,7 +244,7 @@ def restore(state: TrainingState, directory: Path, record: dict) -> None:
     for full_name, value in (tensors | record.get("optimizer", {})).items():
         key, name = full_name.split(".", 1)
         if name not in indices:
-            raise DataError(f"{directory} holds an optimizer state of {name}, which the model has not")
+            raise DataError(f"{directory} holds an optimizer state of {name}, which the model does not have")
         entries.setdefault(indices[name], {})[key] = value
     groups = record.get("param_groups") or state.optimizer.state_dict()["param_groups"]
     try:

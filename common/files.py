@@ -79,7 +79,7 @@ def is_unchanged(path: Path, digest: object) -> bool:
 def lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock file `path`; the system releases it when the process ends, however that happens.
 
-    Where another process holds it, wait, saying so, or raise UsageError.
+    If another process holds it, wait, with a notice, or raise UsageError.
     """
     file_lock = FileLock(path)
     try:
@@ -92,7 +92,7 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held; one that waits for it then locks a new file
+        path.unlink(missing_ok=True)  # while it is held: filelock sees that, and locks a new file
         file_lock.release()
 
 

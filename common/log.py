@@ -90,7 +90,7 @@ class Log:
 
 
 class Tracker:
-    """TensorBoard, Weights & Biases or trackio, or none; one that fails says so once, and is left out from then on."""
+    """TensorBoard, Weights & Biases or trackio, or none; one that fails says so once, and is disabled from then on."""
 
     def __init__(self, name: str, directory: Path, settings: dict, step: int) -> None:
         self.name = name
@@ -119,7 +119,7 @@ class Tracker:
             action(*args)
         except Exception as error:  # whatever it is, the run is worth more
             self.send, self.finish = lambda record: None, lambda: None
-            print(f"warning: --tracker {self.name} is left out from here: {error!r}", flush=True)
+            print(f"warning: --tracker {self.name} is disabled from here on: {error!r}", flush=True)
 
     def log(self, record: dict) -> None:
         self.attempt(self.send, record)

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -71,10 +70,10 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
         raise UsageError(f"--device {device_name} takes one process: choose cuda, or cpu")
     limit = timedelta(seconds=timeout)
     startup = max(limit, timedelta(minutes=1))  # some processes take longer to start
-    store, *_ = next(dist.rendezvous("env://", timeout=startup))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
     try:
+        store, *_ = next(dist.rendezvous("env://", timeout=startup))
+        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
         yield World(rank, size, device, local_rank)
     except RuntimeError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -89,16 +88,13 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM, SIGINT and SIGUSR1 in a list, for the run to end after the step that is under way."""
     received: list[int] = []
-    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    if threading.current_thread() is not threading.main_thread():
-        kinds = ()  # another thread cannot have handlers
 
     def receive(number: int, frame: object) -> None:
         received.append(number)
         if len(received) > 2:  # under torchrun, Ctrl-C comes twice
             raise KeyboardInterrupt
 
-    before = {kind: signal.signal(kind, receive) for kind in kinds}
+    before = {kind: signal.signal(kind, receive) for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         yield received
     finally:

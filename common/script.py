@@ -32,32 +32,32 @@ class DataError(ValueError):
 
 
 def parse_flags(
-    config_class: type[Value], argv: list[str] | None, help: str | None, default: Value | None = None
+    config_class: type[Value], argv: list[str] | None, description: str | None, default: Value | None = None
 ) -> Value:
     """Read the flags into a dataclass, whose fields' comments are their help; exits with status 2 on a mistake."""
-    with output_of_first():
+    with output_of_local_main():
         default = config_class() if default is None else default
-        return tyro.cli(config_class, default=default, args=argv, description=help, use_underscores=True)
+        return tyro.cli(config_class, default=default, args=argv, description=description, use_underscores=True)
 
 
 def parse_known_flags(config_class: type[Value], argv: list[str] | None) -> Value:
-    """The same of the flags that are known, leaving --help and unknown ones to `parse_flags`."""
-    with output_of_first():
+    """Parse only the known flags, leaving --help and the others to `parse_flags`."""
+    with output_of_local_main():
         config, _ = tyro.cli(config_class, args=argv, use_underscores=True, add_help=False, return_unknown_args=True)
         return config
 
 
 @contextlib.contextmanager
-def output_of_first() -> Iterator[None]:
+def output_of_local_main() -> Iterator[None]:
     """Leave it to a machine's first process to print what is the same for all that torchrun started."""
     with contextlib.ExitStack() as stack:
-        if not is_first():
+        if not is_local_main():
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
 
 
-def is_first() -> bool:
+def is_local_main() -> bool:
     """Whether this is a machine's first process, or its only one."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -77,7 +77,7 @@ def check_settings(config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
         value, least = getattr(config, name), 1 if name in positive else 0
         if isinstance(value, int | float) and not least <= value < 2**63:  # NaN is refused too
-            raise UsageError(f"--{name} must be a number from {least} on, not {value}")
+            raise UsageError(f"--{name} must be at least {least}, and finite, not {value}")
         if value in ("", ()) or (isinstance(value, tuple) and "" in value):
             raise UsageError(f"--{name} is empty")
         choices = [get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
@@ -172,16 +172,16 @@ def run(main: Callable[[], object]) -> NoReturn:
     status, message = 0, ""
     try:
         main()
-    except SystemExit as exit:  # tyro's, for --help or a mistake that it has printed
-        status = exit.code
+    except SystemExit as ended:  # tyro's, for --help or a mistake that it has printed
+        status = ended.code
     except UsageError as error:
-        status, message = 2, str(error) if is_first() else ""
+        status, message = 2, str(error) if is_local_main() else ""
     except BrokenPipeError:  # whoever read the output has seen enough, as in `sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, OSError, MemoryError) as error:
         status, message = 1, str(error) if rank is None else f"{error} (rank {rank})"
     except KeyboardInterrupt:
-        status, message = 130, "interrupted" if is_first() else ""
+        status, message = 130, "interrupted" if is_local_main() else ""
     if message:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     if rank is not None:  # a process group's threads may abort or hang an interpreter that exits as usual

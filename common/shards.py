@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import atomic_write, sha256, write_json
+from common.files import atomic_write, is_unchanged, sha256, write_json
 from common.script import DataError, progress_bar
 from common.tokenizer import END_OF_TEXT, N_TOKENS
 
 SHARD_NAME = re.compile(r"edufineweb_(val|train)_\d{6}\.npy")
 HEADER_BYTES = 128
+FULL_DATA, SAMPLE_DATA = "edu_fineweb10B", "sample_shards"  # the directories that are built by default
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,6 @@ def write_shard(directory: Path, number: int, tokens: np.ndarray) -> dict[str, o
     return {"name": path.name, "tokens": len(tokens), "sha256": sha256(path)}
 
 
-def is_intact(directory: Path, entry: dict) -> bool:
-    """Whether a shard is the file that the manifest's entry lists."""
-    path = directory / entry["name"]
-    return path.is_file() and sha256(path) == entry["sha256"]
-
-
 def load_manifest(directory: Path) -> dict | None:
     """The manifest beside the shards, if there is one; raises DataError where it is not as it was written."""
     path = directory / "manifest.json"
@@ -167,7 +162,7 @@ def check_types(content: object, **types: type) -> None:
 def read_again(directory: Path, entry: dict) -> np.ndarray:
     """The tokens of a shard that an earlier run wrote; raises DataError if the file has changed since."""
     path = directory / entry["name"]
-    if not is_intact(directory, entry):
+    if not is_unchanged(path, entry["sha256"]):
         raise DataError(f"{path} is not the file that manifest.json lists: restore it, or build {directory} again")
     return open_shard(path).read(0, entry["tokens"])
 
@@ -196,10 +191,10 @@ def verify(directory: Path) -> dict:
     """The manifest, once every shard is read again; raises DataError naming those that are not as they were written."""
     manifest = load_manifest(directory)
     if manifest is None:
-        raise DataError(f"--verify {directory} holds no manifest.json: it is no directory that fineweb.py made")
+        raise DataError(f"--verify {directory} holds no manifest.json: fineweb.py did not make this directory")
     entries = manifest["shards"]
     bar = progress_bar(iterable=entries, unit=" shards")
-    damaged = [entry["name"] for entry in bar if not is_intact(directory, entry)]
+    damaged = [entry["name"] for entry in bar if not is_unchanged(directory / entry["name"], entry["sha256"])]
     if manifest["complete"]:  # a run that was killed may have written a shard more
         listed = {entry["name"] for entry in entries}
         damaged += [name for name in list_shards(directory) if name not in listed]

@@ -17,7 +17,7 @@ from common.checkpoint import checkpoint_error, checkpoints, find_checkpoint, ne
 from common.log import read_log
 from common.processes import World
 from common.script import DataError, UsageError
-from recipes import MUST_MATCH, TrainConfig, default_config, parse
+from recipes import MUST_MATCH, TrainConfig, default_config, parse_config
 from train_gpt2 import train
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -291,7 +291,7 @@ def test_every_setting_that_alters_the_results_must_match():
 def test_a_flag_that_changes_a_resumed_run_is_refused_by_its_own_name(run, name, value):
     before = contents(run)
     with pytest.raises(UsageError, match=f"--{name} {value}.* was begun with"):
-        train(replace(parse(RESUME, None), **{name: value}))
+        train(replace(parse_config(RESUME, None), **{name: value}))
     assert contents(run).keys() == before.keys()
 
 

@@ -128,7 +128,7 @@ def test_a_tracker_gets_the_numbers_and_never_stops_training(shards, tmp_path, m
     losses, val = logged(tmp_path / "log"), logged(tmp_path / "log", "val_loss")
     assert library.sent == [(0, None, val[0]), *((step, losses[step], None) for step in (1, 2, 3))]
     assert len(losses) == 6
-    assert capsys.readouterr().out.count("--tracker wandb is left out from here: RuntimeError('no connection')") == 1
+    assert capsys.readouterr().out.count("--tracker wandb is disabled from here on: RuntimeError('no connection')") == 1
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

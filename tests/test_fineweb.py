@@ -312,7 +312,7 @@ def test_damaged_sources_are_refused_by_name(tmp_path):
         with pytest.raises(DataError, match=says):
             build("--input", name, "--shard_size", 10, "--out_dir", "out")
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(UsageError, match="1 tokens fill no second shard.*more text"):
+    with pytest.raises(UsageError, match="only 1 tokens, not enough for a second shard.*more text"):
         build("--input", "empty.txt", "--shard_size", 10, "--out_dir", "out")
     with pytest.raises(DataError, match="--text_column"):
         build("--input", "whole.parquet", "--text_column", "body", "--shard_size", 10, "--out_dir", "out")

@@ -74,7 +74,7 @@ def test_the_full_data_set_comes_from_the_hub_at_its_pinned_revision(tmp_path, h
     assert tokens == [token for text in TEXTS for token in [END_OF_TEXT, *encode(text)]]
     assert manifest["source"]["revision"] == CONFIG.revision and len(CONFIG.revision) == 40
     assert "1,200 documents" in finished.stdout
-    assert not list(tmp_path.rglob("*.parquet")) and not (tmp_path / "edu_fineweb10B" / "downloads").exists()
+    assert not list(tmp_path.rglob("*.parquet")) and not (tmp_path / "edu_fineweb10B" / ".downloads").exists()
 
 
 def test_downloads_are_kept_in_the_hubs_own_cache_on_request(tmp_path, hub):
@@ -144,7 +144,7 @@ def test_a_build_that_stops_at_max_tokens_leaves_no_download(tmp_path, hub):
     finished = build(hub, "--max_tokens", "1001")  # the first file has more
     assert finished.returncode == 0 and not finished.stderr, finished.stderr
     assert len(shards(tmp_path / "edu_fineweb10B")[1]) == 1001
-    assert not (tmp_path / "edu_fineweb10B" / "downloads").exists()
+    assert not (tmp_path / "edu_fineweb10B" / ".downloads").exists()
 
 
 def test_only_what_comes_from_the_hub_is_removed(tmp_path, hub):

@@ -211,7 +211,7 @@ def test_a_tracker_that_fails_says_so_once_and_is_left_out_from_then_on(tmp_path
     log.close()
     assert [step for step, _ in library.sent] == [0, 1, 2, 2]
     assert list(values(tmp_path, "loss")) == [1, 2, 3, 4, 5]
-    warning = "--tracker wandb is left out from here: RuntimeError('no connection')"
+    warning = "--tracker wandb is disabled from here on: RuntimeError('no connection')"
     assert capsys.readouterr().out.count(warning) == 1
 
 
@@ -219,7 +219,7 @@ def test_a_tracker_that_does_not_open_is_left_out(tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "wandb", None)
     write_steps(open_log(tmp_path, tracker=Tracker("wandb", tmp_path, {}, 0)), range(6))
     assert list(values(tmp_path, "loss")) == [1, 2, 3, 4, 5]
-    assert capsys.readouterr().out.count("--tracker wandb is left out from here") == 1
+    assert capsys.readouterr().out.count("--tracker wandb is disabled from here on") == 1
 
 
 def test_tensorboard_shows_the_losses_and_on_resuming_not_those_past_the_checkpoint(tmp_path):

@@ -25,7 +25,7 @@ from common import script
 from common.huggingface import save_gpt
 from common.script import DataError, UsageError
 from common.tokenizer import END_OF_TEXT, encode
-from recipes import RECIPES, TrainConfig, parse
+from recipes import RECIPES, TrainConfig, parse_config
 
 CONFIGS = {
     "fineweb.py": fineweb.FinewebConfig,
@@ -188,12 +188,14 @@ def test_a_flag_like_no_other_points_to_help(run_here):
 
 @pytest.mark.parametrize("flags", [["--batch_size", "3"], ["--batch-size", "3"], ["--batch_size=3"]])
 def test_flags_may_be_typed_with_underscores_or_hyphens(flags):
-    assert parse(["--device", "cpu", *flags], None) == dataclasses.replace(RECIPES["debug"], device="cpu", batch_size=3)
+    assert parse_config(["--device", "cpu", *flags], None) == dataclasses.replace(
+        RECIPES["debug"], device="cpu", batch_size=3
+    )
 
 
 def test_the_flags_of_a_config_give_it_back():
     config = tiny_config(resume=True, shuffle=True, min_lr=1e-5, compile=False, initial_batch_size=64)
-    assert parse(flags_of(config), None) == config
+    assert parse_config(flags_of(config), None) == config
 
 
 @pytest.mark.parametrize(

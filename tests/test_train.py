@@ -28,7 +28,7 @@ from common.processes import World
 from common.script import DataError, UsageError
 from common.shards import load_manifest, open_shards, save_manifest
 from model import GPT, GPTConfig
-from recipes import RECIPES, TrainConfig, fill_defaults, parse
+from recipes import RECIPES, TrainConfig, fill_defaults, parse_config
 from train_gpt2 import Batches, batch_tokens, learning_rate, rank_slice, train, training_step
 
 CPU = torch.device("cpu")
@@ -608,7 +608,7 @@ def test_a_model_that_cannot_be_trained_on_is_refused(shards, tmp_path, flags, v
 
 def test_a_larger_models_recipe_is_taken_for_its_weights(tmp_path):
     save_gpt(GPT(GPTConfig(block_size=32, n_layer=3, n_head=2, n_embd=16)), tmp_path / "deeper")
-    config = parse(["--init_from", "deeper"], None)
+    config = parse_config(["--init_from", "deeper"], None)
     assert config == replace(RECIPES["gpt2"], init_from="deeper", max_lr=RECIPES["gpt2"].max_lr / 10)
 
 
