@@ -68,7 +68,7 @@ def fetch_model(name: str) -> Path:
     logging.set_verbosity_error()  # a failure is to be one line
     if not sys.stderr.isatty():
         disable_progress_bars()
-    with explain_errors(f"find {name} on the Hub (there is no local directory {name})", "name a local checkpoint"):
+    with explain_errors(f"find {name} on the Hub, nor a local directory", "name a local checkpoint"):
         directory = Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"]))
         for path in directory.iterdir():
             blob = path.resolve()  # which the library names by its SHA-256
