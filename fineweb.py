@@ -122,14 +122,14 @@ def open_source(config: FinewebConfig) -> Source:
         names = list_local(config.input)
         hashes = [[Path(name).name, sha256(Path(name))] for name in names]
         identity = {"files": hashes, "text_column": config.text_column}
-        return Source(identity, lambda: names, lambda name: read_file(Path(name), config.text_column))
+        return Source(identity, lambda: names, lambda name: READERS[Path(name).suffix](Path(name), config.text_column))
     identity = {key: getattr(config, key) for key in ("dataset", "name", "revision", "text_column")}
     data_set = hub.DataSet(config.dataset, config.name, config.revision)
     downloads = None if config.keep_downloads else config.directory / ".downloads"
     return Source(
         identity,
         lambda: data_set.list_files(tuple(READERS)),
-        lambda name: read_file(data_set.fetch(name, downloads), config.text_column),
+        lambda name: READERS[Path(name).suffix](data_set.fetch(name, downloads), config.text_column),
         lambda name: downloads and (downloads / name).unlink(missing_ok=True),
     )
 
@@ -174,10 +174,6 @@ def list_local(patterns: Iterable[str]) -> list[str]:
 
 
 # ---- files to documents ----------------------------------------------------------------------------------------------
-
-
-def read_file(path: Path, column: str) -> Iterator[Document]:
-    return READERS[path.suffix](path, column)
 
 
 def read_parquet(path: Path, column: str) -> Iterator[Document]:
@@ -326,8 +322,9 @@ def choose_encoder(config: FinewebConfig) -> str:
     installed = importlib.util.find_spec("gigatoken") is not None
     if config.encoder == "gigatoken" and not installed:
         raise UsageError("--encoder gigatoken is not installed: pip install -r requirements.txt, or choose tiktoken")
-    automatic = "gigatoken" if installed else "tiktoken"
-    return automatic if config.encoder == "auto" else config.encoder
+    if config.encoder == "auto":
+        return "gigatoken" if installed else "tiktoken"
+    return config.encoder
 
 
 def encode_batches(batches: Iterable[Batch], encoder: str, workers: int) -> Iterator[tuple[Position, np.ndarray]]:

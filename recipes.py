@@ -65,7 +65,6 @@ class TrainConfig:
     dtype: Dtype = "auto"  # of autocast; auto: bfloat16, or without it float16 on CUDA, else float32
     attention: AttentionBackend = "auto"  # the backend of scaled_dot_product_attention; auto: torch's own choice
     compile: bool | None = None  # compile the model; None: on a CUDA device
-    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # how torch.compile searches for speed
 
 
 # From gpt2 on: total batches and learning rates are GPT-3's for these sizes (Brown et al., 2020, table 2.1), the
@@ -164,8 +163,6 @@ def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
         raise UsageError(f"--initial_batch_size {config.initial_batch_size} is more than --total_batch_size")
     if (config.initial_batch_size < config.total_batch_size) != (config.batch_ramp_tokens > 0):
         raise UsageError("--initial_batch_size and --batch_ramp_tokens make the ramp together: give both or neither")
-    if config.compile_mode != "default" and not config.compile:
-        raise UsageError(f"--compile_mode {config.compile_mode} needs --compile True")
     if max(config.beta1, config.beta2) >= 1:
         raise UsageError(f"--beta1 {config.beta1} and --beta2 {config.beta2} must be below 1")
     if not config.max_lr:

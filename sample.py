@@ -40,17 +40,10 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
 
 
-def validate(config: SampleConfig) -> None:
-    """Raise UsageError for settings that cannot be used."""
-    check_settings(config)
-    if not 0 < config.top_p <= 1:
-        raise UsageError(f"--top_p {config.top_p} must be above 0, and 1 at most")
-    if config.prompt is not None and config.file is not None:
-        raise UsageError("--prompt and --file both give a text to continue: choose one")
-
-
 def read_prompt(config: SampleConfig) -> str:
     """The text to continue; raises UsageError where there is none, DataError where it is not UTF-8."""
+    if config.prompt is not None and config.file is not None:
+        raise UsageError("--prompt and --file both give a text to continue: choose one")
     source, content = "--prompt", os.fsencode(PROMPT if config.prompt is None else config.prompt)
     if config.file is not None:
         if not Path(config.file).is_file():
@@ -92,7 +85,9 @@ def continuation(gpt: GPT, config: SampleConfig, prompt: str, number: int = 0) -
 
 def write(config: SampleConfig) -> None:
     """Print the prompt and what continues it, num_samples times; raises UsageError or DataError."""
-    validate(config)
+    check_settings(config)
+    if not 0 < config.top_p <= 1:
+        raise UsageError(f"--top_p {config.top_p} must be above 0, and 1 at most")
     prompt = read_prompt(config)
     gpt = load_gpt(locate(config.checkpoint))
     require_gpt2_vocabulary(gpt, config.checkpoint)

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fineweb
 import hellaswag
 import plot
+import recipes
 import sample
 from common import checkpoint, script
 from common.checkpoint import TrainingState
@@ -40,15 +41,7 @@ from common.processes import World, start_processes, stop_signals
 from common.script import DataError, UsageError
 from common.shards import SAMPLE_DATA, Shard, Shards, load_manifest, open_shards
 from model import GPT, GPTConfig
-from recipes import (
-    TrainConfig,
-    default_model,
-    fill_defaults,
-    network_sizes,
-    parse_config,
-    refuse_changes,
-    validate,
-)
+from recipes import TrainConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ATTENTION = {
@@ -178,7 +171,7 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     if world.device.type == "cpu":
         script.keep_freed_memory()
     gpt = gpt.to(world.device)
-    model = torch.compile(gpt, fullgraph=True, dynamic=False, mode=config.compile_mode) if config.compile else gpt
+    model = torch.compile(gpt, fullgraph=True, dynamic=False) if config.compile else gpt
     if world.size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = make_optimizer(gpt, config)
@@ -349,12 +342,12 @@ def is_due(every: int, step: int, last: bool = False) -> bool:
 def complete_config(config: TrainConfig, world: World, directory: Path | None) -> tuple[TrainConfig, GPTConfig]:
     """The settings with all defaults filled in, and the network's sizes; raises UsageError where they do not fit."""
     script.check_settings(config)
-    config = replace(config, model=config.model or default_model(world.device))
-    sizes = network_sizes(config, directory)
-    config = fill_defaults(config, world.device, sizes)
+    config = replace(config, model=config.model or recipes.default_model(world.device))
+    sizes = recipes.network_sizes(config, directory)
+    config = recipes.fill_defaults(config, world.device, sizes)
     if directory:
-        refuse_changes(checkpoint.read_record(directory)["config"], config)
-    validate(config, sizes, world.size)
+        recipes.refuse_changes(checkpoint.read_record(directory)["config"], config)
+    recipes.validate(config, sizes, world.size)
     return config, sizes
 
 
@@ -392,10 +385,6 @@ def open_log(trainer: Trainer, shards: Shards) -> Log:
     redo = any(is_due(getattr(config, every), step) for every, _, _ in EVALUATIONS)
     log.start(step, redo, processes=world.size, unigram_loss=shards.unigram_loss)
     return log
-
-
-def is_save_due(config: TrainConfig, step: int) -> bool:
-    return is_due(config.save_every, step) or is_due(config.milestone_every, step)
 
 
 def save(trainer: Trainer, log: Log, shards: Shards, last: bool) -> None:
@@ -522,7 +511,8 @@ def train(config: TrainConfig) -> None:
             stopping = world.any_rank(signals) and not finished
             if not stopping:  # a run that is stopped makes up for it on resuming
                 evaluate(trainer, data, log, finished)
-            if state.step > first_step and (finished or stopping or is_save_due(config, state.step)):
+            due = is_due(config.save_every, state.step) or is_due(config.milestone_every, state.step)
+            if state.step > first_step and (finished or stopping or due):
                 save(trainer, log, shards, last=finished or stopping)
             if finished or stopping:
                 break
@@ -540,7 +530,7 @@ def train(config: TrainConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with script.explain_out_of_memory("--batch_size"):
-        train(parse_config(argv, __doc__))
+        train(recipes.parse_config(argv, __doc__))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,6 @@ class BenchmarkConfig:
     only: Literal["transformers", "transformers_compiled", "eager", "compiled"] | None = None  # way to measure alone
     profile: bool = False  # print where the time of --only, or of this program's default, goes
     attention: AttentionBackend = "auto"  # backend of scaled_dot_product_attention; auto: torch's own choice
-    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # of the compiled ways
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
 
 
@@ -83,7 +82,6 @@ def train_config(config: BenchmarkConfig, device: torch.device, processes: int, 
         total_batch_size=config.total_batch_size or batch_size * sizes.block_size * processes,
         attention=config.attention,
         compile=compiled,
-        compile_mode=config.compile_mode if compiled else "default",
     )
     settings = fill_defaults(settings, device, sizes)
     validate(settings, sizes, processes)
@@ -115,7 +113,7 @@ def plain_loop(settings: TrainConfig, world: World) -> Step:
     model = transformers.GPT2LMHeadModel(sizes).to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.max_lr, fused=settings.compile or None)
     if settings.compile:
-        model = torch.compile(model, mode=settings.compile_mode)
+        model = torch.compile(model)
     if world.size > 1:
         model = DistributedDataParallel(model)
     dtype = train_gpt2.DTYPES[settings.dtype]

@@ -581,7 +581,6 @@ def test_what_transformers_saved_is_padded_and_cropped_for_training(shards, tmp_
         ({"batch_ramp_tokens": 64}, "--initial_batch_size"),
         ({"total_batch_size": 32 * 1000}, "--total_batch_size"),
         ({"device": "gpu"}, "--device"),
-        ({"compile_mode": "max-autotune-no-cudagraphs"}, "--compile_mode"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_flag_before_anything_is_written(shards, tmp_path, change, message):
