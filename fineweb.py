@@ -6,7 +6,7 @@
     python fineweb.py --verify edu_fineweb10B             # read every shard again, against the manifest
 
 The first shard is for validation, the others for training. Every document is preceded by <|endoftext|> and runs on
-across shards. Run again after an interruption, the same command goes on after the last complete shard.
+across shards. Run again after an interruption, the same command continues after the last complete shard.
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ def prefetch(items: Iterator[Item], count: int) -> Iterator[Item]:
 
 
 def choose_encoder(config: FinewebConfig) -> str:
-    """The encoder that `auto` stands for; raises UsageError where the one asked for is not installed."""
+    """The encoder that `auto` stands for; raises UsageError if the one asked for is not installed."""
     installed = importlib.util.find_spec("gigatoken") is not None
     if config.encoder == "gigatoken" and not installed:
         raise UsageError("--encoder gigatoken is not installed: pip install -r requirements.txt, or choose tiktoken")

@@ -47,7 +47,7 @@ class HellaswagConfig:
 
 
 def download(path: Path = FILE) -> Path:
-    """Fetch the official validation set unless it is there; raises DataError where that fails."""
+    """Fetch the official validation set unless it is there; raises DataError if that fails."""
     try:
         with lock(path.absolute().with_name(f"{path.name}.lock")):
             if not path.exists():
@@ -207,7 +207,7 @@ def ending_losses(gpt: GPT, questions: list[Question], batch_tokens: int, progre
 def count_correct(gpt: GPT, questions: list[Question], batch_tokens: int = 8192, progress: bool = False) -> Tensor:
     """How many questions of each scoring the model answers right, by `acc` and by `acc_norm`: integers (2, 2).
 
-    Raises FloatingPointError where the model's losses are not finite.
+    Raises FloatingPointError if the model's losses are not finite.
     """
     correct = torch.zeros(len(SCORINGS), 2, dtype=torch.long)
     for question, losses in zip(questions, ending_losses(gpt, questions, batch_tokens, progress), strict=True):

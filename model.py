@@ -19,7 +19,7 @@ from common.tokenizer import END_OF_TEXT, N_TOKENS
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The network's sizes; raises ValueError where they do not fit together."""
+    """The network's sizes; raises ValueError if they do not fit together."""
 
     block_size: int = 1024
     vocab_size: int = N_TOKENS
@@ -232,7 +232,7 @@ def sample_token(
 
     Temperature 0 takes the likeliest token; otherwise one is drawn from the `top_k` likeliest, and of these from the
     fewest whose probabilities come to `top_p` (Holtzman et al., 2020). Raises ValueError for settings out of range,
-    FloatingPointError where the logits are not finite.
+    FloatingPointError if the logits are not finite.
     """
     if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")

@@ -18,7 +18,7 @@ class PlotConfig:
 
 
 def draw(directory: Path) -> Path:
-    """Draw a run's curves; returns the picture's path, and raises DataError where there is no run."""
+    """Draw a run's curves; returns the picture's path, and raises DataError if there is no run."""
     from matplotlib.figure import Figure  # not pyplot, which would open windows and keep every figure
 
     records = read_log(directory)

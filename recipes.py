@@ -30,7 +30,7 @@ class TrainConfig:
     init_from: MustMatch[str | None] = None  # checkpoint, run or Hub model to start from; None: random weights
     data_dir: str | None = None  # shards; None: edu_fineweb10B, or for debug, without it, sample_shards
     out_dir: str = "log"  # directory of the checkpoints, log.jsonl and loss.png
-    resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
+    resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
 
     batch_size: Positive[int] = 32  # sequences in a micro-batch; lower it if memory runs out
     block_size: MustMatch[Positive[int | None]] = None  # tokens in a sequence; None: as many as the model has positions

@@ -41,7 +41,7 @@ class SampleConfig:
 
 
 def read_prompt(config: SampleConfig) -> str:
-    """The text to continue; raises UsageError where there is none, DataError where it is not UTF-8."""
+    """The text to continue; raises UsageError if there is none, DataError if it is not UTF-8."""
     if config.prompt is not None and config.file is not None:
         raise UsageError("--prompt and --file both give a text to continue: choose one")
     source, content = "--prompt", os.fsencode(PROMPT if config.prompt is None else config.prompt)

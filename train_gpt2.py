@@ -4,7 +4,7 @@ python train_gpt2.py                                      (one device; on a CPU,
 
 torchrun --standalone --nproc_per_node=8 train_gpt2.py    (the 124M reproduction on eight GPUs)
 
-python train_gpt2.py --resume                             (go on after an interruption)
+python train_gpt2.py --resume                             (continue after an interruption)
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ATTENTION = {
 
 
 def load_shards(config: TrainConfig, world: World) -> Shards:
-    """Open the shards of --data_dir, once the sample's are built; raises DataError where they cannot be used."""
+    """Open the shards of --data_dir, once the sample's are built; raises DataError if they cannot be used."""
     directory = Path(config.data_dir)
     if directory == Path(SAMPLE_DATA) and world.is_main and not (load_manifest(directory) or {}).get("complete"):
         world.print(f"building {SAMPLE_DATA} from Python's documentation")
@@ -340,7 +340,7 @@ def is_due(every: int, step: int, last: bool = False) -> bool:
 
 
 def complete_config(config: TrainConfig, world: World, directory: Path | None) -> tuple[TrainConfig, GPTConfig]:
-    """The settings with all defaults filled in, and the network's sizes; raises UsageError where they do not fit."""
+    """The settings with all defaults filled in, and the network's sizes; raises UsageError if they do not fit."""
     script.check_settings(config)
     config = replace(config, model=config.model or recipes.default_model(world.device))
     sizes = recipes.network_sizes(config, directory)
@@ -402,7 +402,7 @@ def save(trainer: Trainer, log: Log, shards: Shards, last: bool) -> None:
     except OSError as error:
         if last:
             raise DataError(f"step {state.step} could not be saved: {error}; make room, and add --resume") from None
-        print(f"warning: step {state.step} could not be saved: {error}; training goes on", flush=True)
+        print(f"warning: step {state.step} could not be saved: {error}; training continues", flush=True)
     if not state.skipped_in_a_row:  # a run that diverges must not cost the checkpoints from before
         checkpoint.prune(out_dir, config.keep, config.milestone_every)
 

@@ -60,7 +60,7 @@ def locate(source: str) -> str:
 
 
 def save_checkpoint(out_dir: Path, state: TrainingState, record: dict, card: str) -> None:
-    """Write a checkpoint that is either complete or absent; raises OSError where the disk does not take it."""
+    """Write a checkpoint that is either complete or absent; raises OSError if the disk does not take it."""
     temporary = out_dir / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -185,7 +185,7 @@ def checkpoint_error(directory: Path) -> str | None:
 def find_checkpoint(out_dir: Path, resume: bool, world: World) -> Path | None:
     """The checkpoint to resume from, the same on all ranks, or None to begin; sets newer, damaged ones aside.
 
-    Raises UsageError where a run would be overwritten, DataError where all checkpoints are damaged, or where a process
+    Raises UsageError if a run would be overwritten, DataError if all checkpoints are damaged, or where a process
     does not see the one that the main process chose.
     """
     if world.is_main and not resume and (checkpoints(out_dir) or (out_dir / "log.jsonl").exists()):
@@ -220,7 +220,7 @@ def saved_settings(out_dir: Path) -> dict:
 
 
 def read_record(directory: Path) -> dict:
-    """The content of trainer.json; raises DataError where it is not what `write_checkpoint` writes."""
+    """The content of trainer.json; raises DataError if it is not what `write_checkpoint` writes."""
     record = read_json(directory / "trainer.json")
     types = {"step": int, "tokens": int, "position": int, "skipped": list, "config": dict, "data": list}
     types |= {"scores": dict, "scaler": dict, "versions": dict}
@@ -232,7 +232,7 @@ def read_record(directory: Path) -> dict:
 
 
 def restore(state: TrainingState, directory: Path, record: dict) -> None:
-    """Put back what a checkpoint holds, but for the model's weights; raises DataError where it does not fit."""
+    """Put back what a checkpoint holds, but for the model's weights; raises DataError if it does not fit."""
     tensors = load_tensors(directory / "optimizer.safetensors")
     device = state.gpt.lm_head.weight.device
     torch.set_rng_state(tensors.pop("random.cpu"))

@@ -61,7 +61,7 @@ class DataSet:
 
 @functools.cache
 def fetch_model(name: str) -> Path:
-    """The directory of a model in the library's cache, once it is there; raises DataError where it cannot be had."""
+    """The directory of a model in the library's cache, once it is there; raises DataError if it cannot be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars, logging
 

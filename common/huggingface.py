@@ -42,7 +42,7 @@ FIELDS = {
 def save_gpt(gpt: GPT, directory: Path) -> None:
     """Write config.json and model.safetensors as transformers' GPT2LMHeadModel reads them.
 
-    Raises OSError where the disk does not take them.
+    Raises OSError if the disk does not take them.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -63,7 +63,7 @@ def load_gpt(source: str | Path, block_size: int | None = None) -> GPT:
     """Load a directory in the Hugging Face layout, or a model of the Hub by its name, as `gpt2` or `gpt2-xl`.
 
     The positions are cropped to `block_size`. Warns of a checkpoint's file that has changed since it was written.
-    Raises DataError where the source cannot be had or holds no such GPT-2, ValueError for more positions than it has.
+    Raises DataError if the source cannot be had or holds no such GPT-2, ValueError for more positions than it has.
     """
     if (Path(source) / MANIFEST).is_file():
         for name in changed_files(Path(source), ["config.json", "model.safetensors"]):
@@ -185,7 +185,7 @@ def model_directory(source: str | Path) -> Path:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a whole safetensors file; raises OSError where the disk does not take it."""
+    """Write a whole safetensors file; raises OSError if the disk does not take it."""
     with atomic_write(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -197,7 +197,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; raises DataError where it is damaged."""
+    """Read a safetensors file; raises DataError if it is damaged."""
     try:
         if not path.is_file():  # a pipe or a device might never end
             raise OSError("not a regular file")

@@ -82,7 +82,7 @@ class Log:
             action(*args)
         except (OSError, DataError) as error:
             if not self.warned:
-                print(f"warning: {self.path} or its picture cannot be written: {error}; training goes on", flush=True)
+                print(f"warning: {self.path} or its picture cannot be written: {error}; training continues", flush=True)
             self.warned = True
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ def list_shards(directory: Path) -> list[str]:
 
 
 def open_shards(directory: Path) -> Shards:
-    """Open shards to train on; raises DataError where one is missing or is not what the manifest, if any, lists."""
+    """Open shards to train on; raises DataError if one is missing or is not what the manifest, if any, lists."""
     manifest = load_manifest(directory) or {}
     if not manifest.get("complete", True):
         raise DataError(f"the shards in --data_dir {directory} are not complete: run the same fineweb.py command again")
@@ -114,7 +114,7 @@ def write_shard(directory: Path, number: int, tokens: np.ndarray) -> dict[str, o
 
 
 def load_manifest(directory: Path) -> dict | None:
-    """The manifest beside the shards, if there is one; raises DataError where it is not as it was written."""
+    """The manifest beside the shards, if there is one; raises DataError if it is not as it was written."""
     path = directory / "manifest.json"
     if not path.exists():
         return None

@@ -27,7 +27,7 @@ SHA256 = {
 
 @functools.cache
 def encoding() -> tiktoken.Encoding:
-    """GPT-2's encoding; raises DataError where a file of the vocabulary is missing or changed."""
+    """GPT-2's encoding; raises DataError if a file of the vocabulary is missing or changed."""
     for name, digest in SHA256.items():
         path = VOCABULARY / name
         if not path.exists() or sha256(path) != digest:

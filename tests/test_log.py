@@ -161,7 +161,7 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_the_log_whole_and_is_warned
     log.write("step 4", step=4, loss=1.0)
     assert list(values(tmp_path, "loss")) == [1, 4]
     printed = capsys.readouterr().out
-    assert printed.count("cannot be written") == 1 and "training goes on" in printed and "step 3" in printed
+    assert printed.count("cannot be written") == 1 and "training continues" in printed and "step 3" in printed
 
 
 def test_a_picture_that_cannot_be_drawn_is_warned_of_once_and_left_out(tmp_path, capsys):
