@@ -97,22 +97,21 @@ class Tracker:
         self.send: Callable[[dict], object] = lambda record: None
         self.finish: Callable[[], object] = lambda: None
         if name != "none":
-            open_tracker = self.open_tensorboard if name == "tensorboard" else self.open_library
-            self.attempt(open_tracker, directory, settings, step)
+            self.attempt(self.open, directory, settings, step)
 
-    def open_tensorboard(self, directory: Path, settings: dict, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def open(self, directory: Path, settings: dict, step: int) -> None:
+        if self.name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(directory, purge_step=step + 1)
-        writer.add_text("settings", json.dumps(settings))
-        self.send = lambda record: [writer.add_scalar(k, v, record["step"]) for k, v in numbers(record).items()]
-        self.finish = writer.close
-
-    def open_library(self, directory: Path, settings: dict, step: int) -> None:
-        library = importlib.import_module(self.name)  # wandb, and trackio, which has the same functions
-        library.init(project="gpt2", name=directory.name, config=settings)
-        self.send = lambda record: library.log(numbers(record), step=record["step"])
-        self.finish = library.finish
+            writer = SummaryWriter(directory, purge_step=step + 1, flush_secs=1)
+            writer.add_text("settings", json.dumps(settings))
+            self.send = lambda record: [writer.add_scalar(k, v, record["step"]) for k, v in numbers(record).items()]
+            self.finish = writer.close
+        else:
+            library = importlib.import_module(self.name)  # wandb, and trackio, which has the same functions
+            library.init(project="gpt2", name=directory.name, config=settings)
+            self.send = lambda record: library.log(numbers(record), step=record["step"])
+            self.finish = library.finish
 
     def attempt(self, action: Callable[..., object], *args: Any) -> None:
         try:
