@@ -356,14 +356,19 @@ def encode_text(batch: Batch, index: int) -> np.ndarray:
 def encode_with_gigatoken(batches: Iterable[Batch], workers: int) -> Iterator[tuple[Batch, list[np.ndarray]]]:
     """Each batch with the tokens of its documents, of which tiktoken checks some."""
     os.environ["RAYON_NUM_THREADS"] = str(workers)  # gigatoken reads it when it encodes for the first time
-    for number, batch in enumerate(batches):
-        if number % RELOAD_EVERY == 0:
-            tokenizer = load_gigatoken()
-        encoded = tokenizer.encode_batch(batch.texts).layout
+    for batch, encoded in prefetch(tokenize_with_gigatoken(batches), 1):
         tokens = np.asarray(encoded.content.data).astype(np.uint16)
         documents = np.split(tokens, np.asarray(encoded.offsets.data)[1:-1])
         check_tokens(batch, documents)
         yield batch, documents
+
+
+def tokenize_with_gigatoken(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Any]]:
+    """Each batch with gigatoken's own result, made while the one before it is checked."""
+    for number, batch in enumerate(batches):
+        if number % RELOAD_EVERY == 0:
+            tokenizer = load_gigatoken()
+        yield batch, tokenizer.encode_batch(batch.texts).layout
 
 
 def load_gigatoken() -> Any:
