@@ -10,13 +10,13 @@ python train_gpt2.py --resume                             (continue after an int
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ import plot
 import recipes
 import sample
 from common import checkpoint, script
+from common.batches import Batch, Batches
 from common.checkpoint import TrainingState
 from common.files import claim
 from common.huggingface import load_gpt, read_gpt
-from common.log import Log, Tracker
+from common.log import Clock, Log, Tracker
 from common.processes import World, start_processes, stop_signals
 from common.script import DataError, UsageError
 from common.shards import SAMPLE_DATA, Shard, Shards, load_manifest, open_shards
+from common.tokenizer import END_OF_TEXT, decode, encode
 from model import GPT, GPTConfig
 from recipes import TrainConfig
 
@@ -69,56 +71,12 @@ def load_shards(config: TrainConfig, world: World) -> Shards:
     return shards
 
 
-class Batches:
-    """The train shards as one stream of tokens, divided into rows of block_size, each with one more, the last label.
-
-    A position counts tokens from the start of the first epoch; it is the whole state. The first epoch's rows come in
-    order, the others' (with `shuffle` its own too) in a permutation drawn from the seed and the epoch. What an epoch
-    has left after its last whole batch is passed over.
-    """
-
-    def __init__(self, shards: list[Shard], block_size: int, seed: int, shuffle: bool) -> None:
-        self.shards, self.block_size, self.seed, self.shuffle = shards, block_size, seed, shuffle
-        self.shard_starts = np.cumsum([0] + [len(shard) for shard in shards])
-        self.rows = int(self.shard_starts[-1] - 1) // block_size  # in an epoch
-
-    def at(self, position: int, tokens: int) -> tuple[Tensor, int]:
-        """The batch of `tokens` tokens at a position: rows (tokens / T, T + 1), and the position after it."""
-        epoch, first = divmod(position // self.block_size, self.rows)
-        count = tokens // self.block_size
-        if first + count > self.rows:
-            epoch, first = epoch + 1, 0
-        T, after = self.block_size, (epoch * self.rows + first + count) * self.block_size
-        if epoch == 0 and not self.shuffle:
-            stretch = self.read(first * T, (first + count) * T + 1)
-            return torch.from_numpy(stretch.astype(np.int64)).unfold(0, T + 1, T), after
-        starts = permutation(self.rows, self.seed, epoch)[first : first + count] * T
-        rows = np.stack([self.read(int(start), int(start) + T + 1) for start in starts])
-        return torch.from_numpy(rows.astype(np.int64)), after
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens from `start` to `stop` of the stream, from one shard or from several."""
-        parts = []
-        number = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
-        while start < stop:
-            begin, end = self.shard_starts[number : number + 2]
-            parts.append(self.shards[number].read(start - begin, min(stop, end) - begin))
-            start, number = end, number + 1
-        return np.concatenate(parts)
-
-
-@functools.lru_cache(maxsize=1)
-def permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The row numbers in an order that every process draws alike."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
-
-
-def rank_slice(rows: Tensor, batch_size: int, world: World) -> Tensor:
-    """This process's micro-batches (accumulation steps, B, T + 1) of a global batch of rows (N, T + 1).
-
-    Each accumulation step takes the next B rows for every rank in turn.
-    """
-    return rows.unflatten(0, (-1, world.size, batch_size))[:, world.rank]
+def read_batches(trainer: Trainer, shards: Shards) -> Iterator[Batch]:
+    """This process's part of the batches to come; the next one is read by a thread while one is trained on."""
+    config, state = trainer.config, trainer.state
+    batches = Batches(shards.train, config.block_size, config.seed, config.shuffle)
+    size_at = partial(batch_tokens, config)
+    return fineweb.prefetch(batches.read(state.position, config.batch_size, size_at, trainer.world), 1)
 
 
 # ---- schedules, optimizer, training step -----------------------------------------------------------------------------
@@ -183,16 +141,16 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     return Trainer(config, world, TrainingState(gpt, optimizer, scaler), model)
 
 
-def training_step(trainer: Trainer, rows: Tensor) -> tuple[float, float]:
-    """One optimizer step on a global batch of rows (N, T + 1); returns the mean loss and the gradient's norm.
+def training_step(trainer: Trainer, micro_batches: Tensor) -> tuple[float, float]:
+    """One optimizer step on this process's micro-batches (N, B, T + 1); returns the loss and the gradient's norm.
 
-    Where one of them is not finite, all processes skip the update.
+    Both are the whole batch's. Where one of them is not finite, all processes skip the update.
     """
     config, world, state = trainer.config, trainer.world, trainer.state
     factor = learning_rate(config, state.step) / config.max_lr
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    loss = accumulate_gradients(trainer, rank_slice(rows, config.batch_size, world).to(world.device))
+    loss = accumulate_gradients(trainer, micro_batches.to(world.device))
     loss = float(world.sum(loss) / world.size)
     state.scaler.unscale_(state.optimizer)
     norm = float(nn.utils.clip_grad_norm_(state.gpt.parameters(), config.grad_clip or math.inf))
@@ -203,9 +161,9 @@ def training_step(trainer: Trainer, rows: Tensor) -> tuple[float, float]:
         state.skipped_in_a_row = 0
         state.optimizer.step()
     state.scaler.update()
-    state.optimizer.zero_grad()
+    state.optimizer.zero_grad(set_to_none=world.size == 1)  # under DDP, gradients stay views of its buckets
     state.step += 1
-    state.tokens += rows[:, 1:].numel()
+    state.tokens += micro_batches[..., 1:].numel() * world.size
     return loss, norm
 
 
@@ -293,33 +251,45 @@ def score_hellaswag(trainer: Trainer, questions: list[hellaswag.Question]) -> di
 
 
 def write_samples(trainer: Trainer, prompt: str) -> dict[str, float]:
-    """Print a few texts by the model as it is now."""
+    """Print four texts by the model as it is now, sampled as one batch."""
+    state, device = trainer.state, trainer.world.device
     if trainer.world.is_main:
-        config = sample.SampleConfig(max_new_tokens=32, seed=trainer.config.seed)
-        for number in range(config.num_samples):
-            with trainer.autocast():
-                text = "".join(sample.continuation(trainer.state.gpt, config, prompt, number))
-            trainer.world.print(f"step {trainer.state.step:5d} | {prompt + text!r}")
+        idx = torch.tensor([encode(prompt)] * 4, device=device)  # (B, T)
+        generator = torch.Generator(device).manual_seed(trainer.config.seed)
+        with trainer.autocast():
+            tokens = state.gpt.generate(idx, max_new_tokens=32, top_k=50, generator=generator)
+        for row in tokens.tolist():
+            text = decode(list(itertools.takewhile(lambda token: token != END_OF_TEXT, row)))
+            trainer.world.print(f"step {state.step:5d} | {text!r}")
     return {}
 
 
-# What is evaluated: the setting that says how often; what loads its data on each rank, None to leave it out; and what
-# scores, on all ranks alike, and returns numbers for the log
+@dataclass(frozen=True)
+class Evaluation:
+    """Something that is evaluated now and then."""
+
+    name: str  # in the account of time
+    every: str  # the setting that says how often
+    load: Callable[[TrainConfig, World, Shards], Any]  # its data, on each rank; None to leave it out
+    score: Callable[[Trainer, Any], dict[str, float]]  # numbers for the log, on all ranks alike
+
+
 EVALUATIONS = (
-    ("eval_every", lambda config, world, shards: shards.val, validation_loss),
-    ("hellaswag_every", load_hellaswag, score_hellaswag),
-    ("sample_every", lambda config, world, shards: sample.PROMPT, write_samples),
+    Evaluation("validation", "eval_every", lambda config, world, shards: shards.val, validation_loss),
+    Evaluation("HellaSwag", "hellaswag_every", load_hellaswag, score_hellaswag),
+    Evaluation("samples", "sample_every", lambda config, world, shards: sample.PROMPT, write_samples),
 )
 
 
-def evaluate(trainer: Trainer, data: dict[str, Any], log: Log, last: bool) -> None:
+def evaluate(trainer: Trainer, data: dict[str, Any], log: Log, clock: Clock, last: bool) -> None:
     """Run what is due at this step; an evaluation that the model's state does not allow is skipped with a warning."""
     config, state = trainer.config, trainer.state
-    for every, _, score in EVALUATIONS:
-        if data[every] is None or not is_due(getattr(config, every), state.step, last):
+    for evaluation in EVALUATIONS:
+        if data[evaluation.name] is None or not is_due(getattr(config, evaluation.every), state.step, last):
             continue
         try:
-            scores = score(trainer, data[every])
+            with clock.measure(evaluation.name):
+                scores = evaluation.score(trainer, data[evaluation.name])
         except FloatingPointError as error:
             trainer.world.print(f"warning: step {state.step}: {error}")
             continue
@@ -328,7 +298,8 @@ def evaluate(trainer: Trainer, data: dict[str, Any], log: Log, last: bool) -> No
             log.write(f"step {state.step:5d} | {text}", step=state.step, **scores)
             state.scores |= {name: [state.step, value] for name, value in scores.items() if math.isfinite(value)}
     if is_due(config.eval_every, state.step, last):
-        log.attempt(plot.draw, Path(config.out_dir))
+        with clock.measure("picture"):
+            log.attempt(plot.draw, Path(config.out_dir))
 
 
 def is_due(every: int, step: int, last: bool = False) -> bool:
@@ -382,7 +353,7 @@ def open_log(trainer: Trainer, shards: Shards) -> Log:
     config, world, step, out_dir = trainer.config, trainer.world, trainer.state.step, Path(trainer.config.out_dir)
     tracker = Tracker(config.tracker if world.is_main else "none", out_dir, asdict(config), step)
     log = Log(out_dir, tracker, enabled=world.is_main)
-    redo = any(is_due(getattr(config, every), step) for every, _, _ in EVALUATIONS)
+    redo = any(is_due(getattr(config, evaluation.every), step) for evaluation in EVALUATIONS)
     log.start(step, redo, processes=world.size, unigram_loss=shards.unigram_loss)
     return log
 
@@ -390,8 +361,6 @@ def open_log(trainer: Trainer, shards: Shards) -> Log:
 def save(trainer: Trainer, log: Log, shards: Shards, last: bool) -> None:
     """Save a checkpoint; a failed write ends the run only if no later save will follow."""
     config, state, out_dir = trainer.config, trainer.state, Path(trainer.config.out_dir)
-    if not trainer.world.is_main:
-        return
     log.flush()
     record = {"config": asdict(config), "data": shards.identity}
     card = checkpoint.model_card(
@@ -438,12 +407,10 @@ def flops_per_token(gpt: GPT) -> int:
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def log_step(trainer: Trainer, log: Log, rows: Tensor, loss: float, norm: float, seconds: float) -> None:
+def log_step(trainer: Trainer, log: Log, batch: Batch, loss: float, norm: float, seconds: float) -> None:
     """Log the last optimizer step."""
-    if not trainer.world.is_main:
-        return
     config, state = trainer.config, trainer.state
-    tokens = rows[:, 1:].numel()
+    tokens = batch.micro_batches[..., 1:].numel() * trainer.world.size
     rate, peak = tokens / seconds, script.peak_flops(trainer.world.device)
     mfu = rate * flops_per_token(state.gpt) / (peak * trainer.world.size) if peak else None
     lr = state.optimizer.param_groups[0]["lr"]
@@ -459,13 +426,24 @@ def log_step(trainer: Trainer, log: Log, rows: Tensor, loss: float, norm: float,
         tokens=tokens,
         skipped=state.skipped,
         position=state.position,
-        batch=hashlib.sha256(rows.to(torch.uint16).numpy()).hexdigest()[:16],
+        batch=batch.digest,
         ms=1000 * seconds,
         tokens_per_second=rate,
         mfu=mfu,
     )
     if math.isfinite(loss):
         state.scores["training loss"] = [state.step, loss]
+
+
+def take_step(trainer: Trainer, log: Log, batches: Iterator[Batch]) -> None:
+    """Train on the next batch, and log it."""
+    config, state = trainer.config, trainer.state
+    began = time.perf_counter()
+    batch = next(batches)
+    state.position = batch.next_position
+    loss, norm = training_step(trainer, batch.micro_batches)
+    if is_due(config.log_every, state.step, last=state.step == config.max_steps):
+        log_step(trainer, log, batch, loss, norm, time.perf_counter() - began)
 
 
 def stop_if_diverged(trainer: Trainer) -> None:
@@ -477,7 +455,8 @@ def stop_if_diverged(trainer: Trainer) -> None:
         newest = next((path for step, path in saved.items() if step <= good), "none")
         raise DataError(
             f"step {state.step}: {state.skipped_in_a_row} steps in a row had no finite loss and gradient, and were "
-            f"skipped (--max_skipped {config.max_skipped}); the last good checkpoint is {newest}"
+            f"skipped (--max_skipped {config.max_skipped}); the last good checkpoint is {newest}; "
+            f"if neither the data nor --max_lr is to blame, try another --attention than {config.attention}"
         )
 
 
@@ -486,6 +465,7 @@ def train(config: TrainConfig) -> None:
 
     Raises UsageError for settings that do not fit, DataError for shards or checkpoints that cannot be used.
     """
+    clock = Clock()
     with (
         start_processes(config.device, config.timeout) as world,
         stop_signals() as signals,
@@ -496,7 +476,6 @@ def train(config: TrainConfig) -> None:
         directory = checkpoint.find_checkpoint(Path(config.out_dir), config.resume, world)
         config, sizes = complete_config(config, world, directory)
         shards = load_shards(config, world)
-        batches = Batches(shards.train, config.block_size, config.seed, config.shuffle)
         trainer = resume_run(config, world, directory, shards) if directory else start_run(config, world, sizes)
         state, first_step = trainer.state, trainer.state.step
         print_summary(trainer, shards)
@@ -504,24 +483,24 @@ def train(config: TrainConfig) -> None:
             world.print(f"the run in {config.out_dir} is finished: {first_step} of {config.max_steps} steps")
             return
         stack.enter_context(attention_backend(config, world.device))
-        data = {every: load(config, world, shards) for every, load, _ in EVALUATIONS}
+        data = {evaluation.name: evaluation.load(config, world, shards) for evaluation in EVALUATIONS}
+        batches = stack.enter_context(contextlib.closing(read_batches(trainer, shards)))
         log = open_log(trainer, shards)
         while True:
             finished = state.step >= config.max_steps
             stopping = world.any_rank(signals) and not finished
             if not stopping:  # a run that is stopped makes up for it on resuming
-                evaluate(trainer, data, log, finished)
+                evaluate(trainer, data, log, clock, finished)
             due = is_due(config.save_every, state.step) or is_due(config.milestone_every, state.step)
             if state.step > first_step and (finished or stopping or due):
-                save(trainer, log, shards, last=finished or stopping)
+                with clock.measure("saving"):
+                    world.on_main(lambda last=finished or stopping: save(trainer, log, shards, last))
             if finished or stopping:
                 break
-            began = time.perf_counter()
-            rows, state.position = batches.at(state.position, batch_tokens(config, state.position))
-            loss, norm = training_step(trainer, rows)
-            if is_due(config.log_every, state.step, last=state.step == config.max_steps):
-                log_step(trainer, log, rows, loss, norm, time.perf_counter() - began)
+            with clock.measure("steps"):
+                take_step(trainer, log, batches)
             stop_if_diverged(trainer)
+        log.write(f"step {state.step:5d} | {clock.summary()}", step=state.step, seconds=clock.seconds)
         log.close()
         world.barrier()  # for the main process to save
         how = f"finished: {config.out_dir}/step_{state.step:06d}"

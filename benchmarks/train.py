@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
+from common.batches import rank_slice
 from common.huggingface import huggingface_config
 from common.processes import World, start_processes
 from common.script import (
@@ -100,7 +101,7 @@ def this_program(settings: TrainConfig, world: World) -> Step:
 
     def step(rows: Tensor) -> float:
         with train_gpt2.attention_backend(settings, world.device):
-            return train_gpt2.training_step(trainer, rows)[0]
+            return train_gpt2.training_step(trainer, rank_slice(rows, settings.batch_size, world))[0]
 
     return step
 
@@ -119,7 +120,7 @@ def plain_loop(settings: TrainConfig, world: World) -> Step:
     dtype = train_gpt2.DTYPES[settings.dtype]
 
     def step(rows: Tensor) -> float:
-        micro_batches = train_gpt2.rank_slice(rows, settings.batch_size, world).to(world.device)
+        micro_batches = rank_slice(rows, settings.batch_size, world).to(world.device)
         for number, micro_batch in enumerate(micro_batches):
             model.require_backward_grad_sync = number == len(micro_batches) - 1
             idx = micro_batch[:, :-1]

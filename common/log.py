@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ class Log:
             return
         records = read_log(self.path.parent) if step and self.path.exists() else []
         last = step - 1 if redo_evaluation else step
-        kept = [r for r in records if r["step"] <= last or (r["step"] == step and "loss" in r)]
+        kept = [r for r in records if r["step"] <= last or (r["step"] == step and ("loss" in r or "seconds" in r))]
         lines = [json.dumps(r) + "\n" for r in [*kept, {"step": step} | record]]
         with atomic_write(self.path) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
@@ -130,3 +132,32 @@ class Tracker:
 def numbers(record: dict) -> dict[str, float]:
     """What a tracker can draw of a record."""
     return {key: v for key, v in record.items() if key != "step" and isinstance(v, int | float)}
+
+
+class Clock:
+    """Divides all wall time since it was made into named parts; what is not measured is `other`."""
+
+    def __init__(self) -> None:
+        self.seconds = {"other": 0.0}
+        self.part, self.since = "other", time.perf_counter()
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        outer = self.part
+        self.switch(part)
+        try:
+            yield
+        finally:
+            self.switch(outer)
+
+    def switch(self, part: str) -> None:
+        """End the present part, and begin another."""
+        now = time.perf_counter()
+        self.seconds[self.part] = self.seconds.get(self.part, 0.0) + now - self.since
+        self.part, self.since = part, now
+
+    def summary(self) -> str:
+        """The parts and their sum, up to now, as a text."""
+        self.switch(self.part)
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s in all: {parts}"

@@ -163,6 +163,57 @@ def test_the_sum_of_one_process_is_not_its_argument():
     assert numbers.tolist() == [1.0, 1.0]
 
 
+PATIENT = """
+import sys, time
+sys.path.insert(0, {root!r})
+from common.processes import start_processes
+with start_processes("cpu", timeout=2) as world:
+    began = time.monotonic()
+    saved = world.on_main(lambda: time.sleep(6) or "saved")
+    print(f"{{world.rank}} {{saved}} {{time.monotonic() - began > 5.9}}\\n", end="", flush=True)
+    world.barrier()
+"""
+
+
+def test_processes_wait_for_the_main_one_beyond_the_timeout_and_it_alone_works(tmp_path):
+    (tmp_path / "patient.py").write_text(PATIENT.format(root=str(ROOT)))
+    finished = run_script(tmp_path / "patient.py", processes=2)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(finished.stdout.splitlines()) == ["0 saved True", "1 None True"]
+
+
+GRADIENTS = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import train_gpt2
+from common.processes import start_processes
+from conftest import tiny_config
+from model import GPT, GPTConfig
+with start_processes("cpu", timeout=60) as world:
+    config = tiny_config(block_size=16, total_batch_size=128, min_lr=0.0, initial_batch_size=128)
+    gpt = GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=16))
+    trainer = train_gpt2.make_trainer(config, world, gpt)
+    rows = torch.zeros(2, 2, 17, dtype=torch.long)
+    for _ in range(3):
+        train_gpt2.training_step(trainer, rows)
+    train_gpt2.accumulate_gradients(trainer, rows)
+    gradients = [parameter.grad for parameter in gpt.parameters()]
+    storages = {{gradient.untyped_storage().data_ptr(): gradient.untyped_storage().nbytes() for gradient in gradients}}
+    assert sum(storages.values()) == 4 * sum(gradient.numel() for gradient in gradients)
+    world.print(f"{{len(gradients)}} {{len(storages)}}")
+"""
+
+
+def test_gradients_of_several_processes_are_views_of_few_buckets(tmp_path):
+    """Between accumulation steps too: apart from the buckets, they would take their memory twice."""
+    (tmp_path / "gradients.py").write_text(GRADIENTS.format(root=str(ROOT)))
+    finished = run_script(tmp_path / "gradients.py", processes=2, env={"PYTHONPATH": str(ROOT / "tests")})
+    assert finished.returncode == 0, finished.stderr
+    gradients, buckets = map(int, finished.stdout.split())
+    assert gradients == 28 and buckets <= 3
+
+
 POISONED = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -237,6 +288,19 @@ def test_torchrun_never_goes_on_by_itself_without_resume(shards, tmp_path):
     assert process.wait(180) != 0
     assert (tmp_path / "err").read_text().count("holds a run: continue it with --resume") == 1
     assert "resuming from" not in (tmp_path / "out").read_text()
+
+
+@pytest.mark.slow
+def test_a_main_process_that_hangs_while_it_saves_ends_the_run_within_the_timeout(tmp_path):
+    (tmp_path / "patient.py").write_text(PATIENT.format(root=str(ROOT)).replace("time.sleep(6)", "time.sleep(600)"))
+    with open("err", "w") as err:
+        process = subprocess.Popen([*TORCHRUN, "patient.py"], stderr=err, env=ENVIRONMENT)
+    wait_until(lambda: len(workers_of(process)) == 2)
+    time.sleep(10)  # they are well past the timeout
+    assert process.poll() is None
+    os.kill(workers_of(process)[0], signal.SIGSTOP)
+    assert process.wait(120) != 0
+    assert "did not answer within --timeout 2 s" in (tmp_path / "err").read_text()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import math
 import resource
 import sys
+import time
 from types import SimpleNamespace
 
 import matplotlib.image
@@ -13,7 +14,7 @@ from conftest import tiny_config
 
 import plot
 import train_gpt2
-from common.log import Log, Tracker, read_log
+from common.log import Clock, Log, Tracker, read_log
 from common.script import DataError, UsageError
 
 NO_TRACKER = Tracker("none", None, {}, 0)
@@ -309,3 +310,22 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trackio" else find(name))
     with pytest.raises(UsageError, match="--tracker trackio is not installed"):
         train_gpt2.train(tiny_config(tracker="trackio"))
+
+
+def test_the_clocks_parts_sum_to_all_time_also_where_they_are_nested(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock = Clock()
+    now += 1
+    with clock.measure("steps"):
+        now += 2
+        with clock.measure("saving"):
+            now += 4
+        now += 8
+    now += 16
+    with pytest.raises(KeyError), clock.measure("saving"):
+        now += 32
+        raise KeyError
+    now += 64
+    assert clock.summary() == "127.0 s in all: other 81.0 s, steps 10.0 s, saving 36.0 s"
+    assert clock.seconds == {"other": 81.0, "steps": 10.0, "saving": 36.0}

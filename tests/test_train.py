@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +24,14 @@ import plot
 import sample
 import train_gpt2
 from common import tokenizer
+from common.batches import Batches
 from common.huggingface import load_gpt, save_gpt
 from common.processes import World
 from common.script import DataError, UsageError
 from common.shards import load_manifest, open_shards, save_manifest
 from model import GPT, GPTConfig
 from recipes import RECIPES, TrainConfig, fill_defaults, parse_config
-from train_gpt2 import Batches, batch_tokens, learning_rate, rank_slice, train, training_step
+from train_gpt2 import batch_tokens, learning_rate, train
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -62,77 +64,14 @@ def new_trainer(**changes):
     return train_gpt2.make_trainer(config, ALONE, GPT(SIZES))
 
 
+def training_step(trainer, rows):
+    """The trainer's own, on rows (N, T + 1) of a process that is alone."""
+    return train_gpt2.training_step(trainer, rows.unflatten(0, (-1, trainer.config.batch_size)))
+
+
 def bits_of(directory):
     """The weights in a checkpoint, as they are on the disk."""
     return (Path(directory) / "model.safetensors").read_bytes()
-
-
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
-
-class MemoryShard(list):
-    """A shard's tokens, without a file."""
-
-    def read(self, start, stop):
-        return np.array(self[start:stop], dtype=np.uint16)
-
-
-def stream(*lengths):
-    """Shards of these lengths, whose tokens count up."""
-    starts = np.cumsum([0, *lengths])
-    return [MemoryShard(range(start, start + length)) for start, length in zip(starts, lengths, strict=False)]
-
-
-@pytest.mark.parametrize("lengths", [(1000,), (1, 1, 7, 500, 491), (333, 333, 334), tuple([10] * 100)])
-def test_an_epoch_is_the_stream_in_order_across_shards(lengths):
-    batches, position, seen = Batches(stream(*lengths), block_size=8, seed=0, shuffle=False), 0, []
-    for _ in range(999 // 32):
-        rows, position = batches.at(position, 32)
-        assert rows.shape == (4, 9)
-        assert torch.equal(rows[:, 1:], rows[:, :-1] + 1)  # the labels are the next tokens
-        seen += rows[:, :-1].flatten().tolist()
-    assert seen == list(range(len(seen))) and position == len(seen)
-    assert 999 - len(seen) < 32
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_every_epoch_visits_each_row_once_and_later_ones_in_other_orders(shuffle):
-    batches, position, epochs = Batches(stream(100, 157), block_size=8, seed=3, shuffle=shuffle), 0, []
-    for epoch in range(3):
-        starts = []
-        while position < (epoch + 1) * 256:
-            rows, position = batches.at(position, 64)
-            starts += rows[:, 0].tolist()
-        epochs.append(starts)
-    ordered = list(range(0, 256, 8))
-    assert all(sorted(starts) == ordered for starts in epochs)
-    assert (epochs[0] == ordered) != shuffle
-    assert epochs[1] != ordered and epochs[1] != epochs[2] and epochs[0] != epochs[2]
-
-
-def test_the_last_partial_batch_of_an_epoch_is_passed_over():
-    batches = Batches(stream(257), block_size=8, seed=0, shuffle=False)  # 32 rows
-    rows, position = batches.at(30 * 8, 32)  # 4 rows, where 2 are left
-    assert position == 32 * 8 + 32
-    expected, _ = batches.at(32 * 8, 32)
-    assert torch.equal(rows, expected)
-
-
-def test_a_position_alone_determines_the_batch():
-    first = Batches(stream(300, 300), block_size=8, seed=5, shuffle=True)
-    for position in (0, 64, 512, 640, 64, 0):
-        again = Batches(stream(300, 300), block_size=8, seed=5, shuffle=True)
-        assert torch.equal(first.at(position, 64)[0], again.at(position, 64)[0])
-    assert not torch.equal(first.at(0, 64)[0], Batches(stream(300, 300), 8, seed=6, shuffle=True).at(0, 64)[0])
-
-
-@pytest.mark.parametrize(("processes", "batch_size"), [(1, 1), (1, 24), (2, 3), (3, 4), (4, 6), (8, 1)])
-def test_the_tokens_of_a_step_do_not_depend_on_processes_or_micro_batch(processes, batch_size):
-    rows = torch.arange(24 * 9).view(24, 9)
-    slices = [rank_slice(rows, batch_size, World(rank, processes, CPU)) for rank in range(processes)]
-    assert {part.shape for part in slices} == {(24 // batch_size // processes, batch_size, 9)}
-    together = torch.stack(slices, dim=1).reshape(24, 9)  # step by step, rank by rank
-    assert torch.equal(together, rows)
 
 
 # ---- schedules and optimizer -----------------------------------------------------------------------------------------
@@ -418,6 +357,18 @@ def test_a_run_learns_and_leaves_a_checkpoint_a_log_and_a_picture(shards, tmp_pa
         assert words in printed, words
 
 
+def test_the_log_and_the_end_of_a_run_account_for_all_its_time(shards, tmp_path, capsys):
+    began = time.perf_counter()
+    train(tiny_config(max_steps=8, sample_every=8))
+    whole = time.perf_counter() - began
+    (seconds,) = records(tmp_path / "log", "seconds").values()
+    assert list(seconds) == ["other", "validation", "samples", "picture", "steps", "saving"]
+    assert all(part >= 0 for part in seconds.values()) and sum(seconds.values()) == pytest.approx(whole, abs=0.2)
+    logged = sum(records(tmp_path / "log", "ms").values()) / 1000
+    assert seconds["steps"] == pytest.approx(logged, abs=0.1)
+    assert f"steps {seconds['steps']:.1f} s" in capsys.readouterr().out
+
+
 def test_settings_from_python_need_no_model(shards, tmp_path):
     train(replace(tiny_config(max_steps=1), model=None))
     assert load_gpt(tmp_path / "log" / "step_000001").config == SIZES
@@ -454,7 +405,8 @@ def losses_of_a_plain_loop(config, shards):
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
     for step in range(config.max_steps):
-        rows, position = batches.at(position, config.total_batch_size)
+        starts, position = batches.row_starts(position, config.total_batch_size)
+        rows = torch.from_numpy(batches.read_rows(starts).astype(np.int64))
         logits = gpt.logits(gpt.hidden(rows[:, :-1]))
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
