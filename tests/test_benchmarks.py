@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import checkpoint, generate, memory, train
+from benchmarks import batches, checkpoint, generate, memory, train
 from common.script import UsageError
 from common.tokenizer import N_TOKENS
 from model import GPT, GPTConfig
@@ -41,6 +41,13 @@ def test_cached_generation_writes_the_tokens_of_the_uncached(small_debug, capsys
     assert figures["same_tokens"] is True
     rates = figures["tokens_per_second"]
     assert figures["ratio"] == pytest.approx(rates["cached"] / rates["uncached"])
+
+
+def test_the_batches_benchmark_waits_less_for_what_was_read_ahead(capsys):
+    batches.main(["--processes", "2", "--steps", "3", "--step_ms", "50"])
+    figures = last_line(capsys)
+    assert list(figures) == [f"rank {rank}, {order}" for order in ("in order", "shuffled") for rank in (0, 1)]
+    assert figures["rank 0, shuffled"]["ahead_ms"] < figures["rank 0, shuffled"]["asked_ms"]
 
 
 def test_the_checkpoint_benchmark_ends_in_its_figures_and_leaves_nothing_behind(small_debug, tmp_path, capsys):
