@@ -39,6 +39,7 @@ from common.files import claim
 from common.huggingface import load_gpt, read_gpt
 from common.log import Clock, Log, Tracker
 from common.processes import World, start_processes, stop_signals
+from common.reference import Comparison
 from common.script import DataError, UsageError
 from common.shards import SAMPLE_DATA, Shard, Shards, load_manifest, open_shards
 from common.tokenizer import END_OF_TEXT, decode, encode
@@ -281,24 +282,24 @@ EVALUATIONS = (
 )
 
 
-def evaluate(trainer: Trainer, data: dict[str, Any], log: Log, clock: Clock, last: bool) -> None:
+def evaluate(trainer: Trainer, data: dict[str, Any], log: Log, last: bool) -> None:
     """Run what is due at this step; an evaluation that the model's state does not allow is skipped with a warning."""
     config, state = trainer.config, trainer.state
     for evaluation in EVALUATIONS:
         if data[evaluation.name] is None or not is_due(getattr(config, evaluation.every), state.step, last):
             continue
         try:
-            with clock.measure(evaluation.name):
+            with log.clock.measure(evaluation.name):
                 scores = evaluation.score(trainer, data[evaluation.name])
         except FloatingPointError as error:
             trainer.world.print(f"warning: step {state.step}: {error}")
             continue
         if scores:
-            text = " | ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            text = log.comparison.describe(state.step, scores)
             log.write(f"step {state.step:5d} | {text}", step=state.step, **scores)
             state.scores |= {name: [state.step, value] for name, value in scores.items() if math.isfinite(value)}
     if is_due(config.eval_every, state.step, last):
-        with clock.measure("picture"):
+        with log.clock.measure("picture"):
             log.attempt(plot.draw, Path(config.out_dir))
 
 
@@ -348,13 +349,14 @@ def resume_run(config: TrainConfig, world: World, directory: Path, shards: Shard
     return trainer
 
 
-def open_log(trainer: Trainer, shards: Shards) -> Log:
+def open_log(trainer: Trainer, shards: Shards, clock: Clock) -> Log:
     """The run's log, which begins with what this process group is."""
     config, world, step, out_dir = trainer.config, trainer.world, trainer.state.step, Path(trainer.config.out_dir)
     tracker = Tracker(config.tracker if world.is_main else "none", out_dir, asdict(config), step)
-    log = Log(out_dir, tracker, enabled=world.is_main)
+    log = Log(out_dir, tracker, Comparison(config, shards), clock, enabled=world.is_main)
     redo = any(is_due(getattr(config, evaluation.every), step) for evaluation in EVALUATIONS)
-    log.start(step, redo, processes=world.size, unigram_loss=shards.unigram_loss)
+    about = {"processes": world.size, "unigram_loss": shards.unigram_loss, "reference": log.comparison.applies}
+    log.start(step, redo, **about)
     return log
 
 
@@ -485,12 +487,12 @@ def train(config: TrainConfig) -> None:
         stack.enter_context(attention_backend(config, world.device))
         data = {evaluation.name: evaluation.load(config, world, shards) for evaluation in EVALUATIONS}
         batches = stack.enter_context(contextlib.closing(read_batches(trainer, shards)))
-        log = open_log(trainer, shards)
+        log = open_log(trainer, shards, clock)
         while True:
             finished = state.step >= config.max_steps
             stopping = world.any_rank(signals) and not finished
             if not stopping:  # a run that is stopped makes up for it on resuming
-                evaluate(trainer, data, log, clock, finished)
+                evaluate(trainer, data, log, finished)
             due = is_due(config.save_every, state.step) or is_due(config.milestone_every, state.step)
             if state.step > first_step and (finished or stopping or due):
                 with clock.measure("saving"):

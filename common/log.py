@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import atomic_write, flush
+from common.reference import Comparison
 from common.script import DataError
 
 
@@ -37,8 +38,9 @@ def read_log(directory: Path) -> list[dict]:
 class Log:
     """Where one process of a run, the main one, writes; the others' are not enabled, and write nothing."""
 
-    def __init__(self, directory: Path, tracker: Tracker, enabled: bool) -> None:
+    def __init__(self, directory: Path, tracker: Tracker, comparison: Comparison, clock: Clock, enabled: bool) -> None:
         self.path, self.tracker, self.enabled = directory / "log.jsonl", tracker, enabled
+        self.comparison, self.clock = comparison, clock
         self.warned = False
 
     def start(self, step: int, redo_evaluation: bool, **record: Any) -> None:

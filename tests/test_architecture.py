@@ -119,7 +119,7 @@ def reached_from(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["fineweb", "plot", "common.shards", "common.log", "common.tokenizer", "common.files"]
+    "module", ["fineweb", "plot", "common.shards", "common.log", "common.reference", "common.tokenizer", "common.files"]
 )
 def test_what_handles_text_and_files_imports_no_torch_even_through_others(module):
     for reached in reached_from(module):
@@ -129,7 +129,7 @@ def test_what_handles_text_and_files_imports_no_torch_even_through_others(module
 
 def test_torch_is_in_the_log_only_for_tensorboards_writer_and_nowhere_in_shards_and_fineweb():
     torch_names = {
-        m: {n for n in names_imported_by(m) if "torch" in n} for m in ("common.log", "common.shards", "fineweb")
+        m: {n for n in names_imported_by(m) if "torch" in n} for m in ("common.log", "common.reference", "common.shards", "fineweb")
     }
     assert torch_names == {
         "common.log": {"torch.utils.tensorboard.SummaryWriter"},

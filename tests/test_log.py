@@ -8,7 +8,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import matplotlib.image
 import pytest
 from conftest import tiny_config
 
@@ -21,7 +20,7 @@ NO_TRACKER = Tracker("none", None, {}, 0)
 
 
 def open_log(directory, step=0, redo=False, enabled=True, tracker=NO_TRACKER):
-    log = Log(directory, tracker, enabled)
+    log = Log(directory, tracker, comparison=None, clock=Clock(), enabled=enabled)
     log.start(step, redo, processes=1)
     return log
 
@@ -232,77 +231,6 @@ def test_tensorboard_shows_the_losses_and_on_resuming_not_those_past_the_checkpo
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     shown = {event.step: event.value for event in events.Scalars("loss")}
     assert shown == pytest.approx(values(tmp_path, "loss")) and list(shown) == [1, 2, 3, 4, 5]
-
-
-# ---- the picture -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def drawn(tmp_path, monkeypatch):
-    """Draw a log of these records; returns the picture, and the axes that matplotlib drew."""
-    from matplotlib.figure import Figure
-
-    axes = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (axes.extend(self.axes), save(self, *args, **kw)))
-
-    def draw(*records):
-        (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        return matplotlib.image.imread(plot.draw(tmp_path)), axes
-
-    return draw
-
-
-def curves(axes):
-    return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
-
-
-def test_the_picture_has_the_losses_by_step_and_the_unigram_loss(drawn):
-    image, (loss,) = drawn(
-        {"step": 0, "unigram_loss": 7.5},
-        {"step": 0, "val_loss": 11.0},
-        {"step": 1, "loss": 10.0},
-        {"step": 2, "loss": None},
-        {"step": 3, "loss": 8.0},
-        {"step": 3, "val_loss": 9.0},
-    )
-    assert curves(loss)["train"] == [(1, 10.0), (3, 8.0)]
-    assert curves(loss)["validation"] == [(0, 11.0), (3, 9.0)]
-    assert any("unigram 7.50" in label for label in curves(loss))
-    assert image.shape[1] < 1000 and image.std() > 0
-
-
-def test_hellaswag_has_a_panel_beside_openais_score_where_there_are_scores(drawn):
-    image, (_, accuracy) = drawn({"step": 0, "loss": 1.0}, {"step": 250, "hellaswag_nanogpt_acc_norm": 0.25})
-    assert (250, 0.25) in curves(accuracy)["this run"]
-    assert any("OpenAI GPT-2 124M 0.2955" in label for label in curves(accuracy))
-    assert image.shape[1] > 1000
-
-
-def test_a_log_without_losses_is_drawn_too(drawn):
-    image, _ = drawn()
-    assert image.shape[2] in (3, 4)
-
-
-@pytest.mark.parametrize("value", ["low", [1], {}])
-def test_values_that_are_no_numbers_are_left_out_of_the_picture(drawn, value):
-    record = {"step": 0, "loss": value, "unigram_loss": value, "hellaswag_nanogpt_acc_norm": value}
-    _, axes = drawn(record, {"step": 1, "loss": 2.0})
-    assert curves(axes[0])["train"] == [(1, 2.0)] and len(axes) == 1
-
-
-def test_plot_refuses_a_directory_without_a_run_and_leaves_no_file(tmp_path):
-    with pytest.raises(DataError, match="log holds no run"):
-        plot.main([])
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_script_draws_the_run_it_is_given_and_prints_the_pictures_path(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    open_log(tmp_path / "run")
-    plot.main(["--out_dir", "run"])
-    assert capsys.readouterr().out.strip() == "run/loss.png"
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_the_run(monkeypatch):
