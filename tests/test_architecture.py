@@ -129,7 +129,7 @@ def test_what_handles_text_and_files_imports_no_torch_even_through_others(module
 
 def test_torch_is_in_the_log_only_for_tensorboards_writer_and_nowhere_in_shards_and_fineweb():
     torch_names = {
-        m: {n for n in names_imported_by(m) if "torch" in n} for m in ("common.log", "common.reference", "common.shards", "fineweb")
+        m: {n for n in names_imported_by(m) if "torch" in n} for m in ("common.log", "common.shards", "fineweb")
     }
     assert torch_names == {
         "common.log": {"torch.utils.tensorboard.SummaryWriter"},
