@@ -28,7 +28,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -43,7 +42,7 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 BATCH_BYTES = 1 << 25
 RELOAD_EVERY = 256  # batches; gigatoken remembers every word that it has seen, so it is loaded anew now and then
-WHITE_BLOCK = 250_000  # characters; tiktoken fails at a million of white space in a row, so at least one whole block
+WHITE_BLOCK = 250_000  # characters; tiktoken fails at a million of white space in a row, which fill at least one block
 
 Item = TypeVar("Item")
 
@@ -184,7 +183,7 @@ def row_texts(rows: Any) -> list[bytes]:
     """The texts of some rows of one column; raises pyarrow's error where they are not UTF-8."""
     import pyarrow
 
-    texts = rows.column(0).drop_null().cast(pyarrow.large_string())
+    texts = rows.column(0).cast(pyarrow.large_string()).drop_null()
     texts.validate(full=True)
     return texts.cast(pyarrow.large_binary()).to_pylist()
 
@@ -328,7 +327,7 @@ def encode_with_tiktoken(batches: Iterable[Batch], workers: int) -> Iterator[tup
     """Each batch with the tokens of its documents, which threads encode: tiktoken releases Python's global lock."""
     with ThreadPoolExecutor(workers) as threads:
         for batch in batches:
-            yield batch, list(threads.map(partial(encode_text, batch), range(len(batch.texts))))
+            yield batch, list(threads.map(encode_text, itertools.repeat(batch), range(len(batch.texts))))
 
 
 def encode_text(batch: Batch, index: int) -> np.ndarray:

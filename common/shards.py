@@ -152,8 +152,9 @@ def check_manifest(manifest: object) -> None:
 def check_types(content: object, **types: type) -> None:
     """Raise ValueError unless this is a dictionary in which each of the keys has a value of its type."""
     for key, kind in types.items():
-        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            raise ValueError(f"there is no {key!r} of type {kind.__name__}")
+        value = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(value, kind) or (kind is int and not 0 <= value < 2**63):
+            raise ValueError(f"it has no {key!r} of type {kind.__name__}")
 
 
 def count_tokens(tokens: np.ndarray) -> np.ndarray:
@@ -181,11 +182,11 @@ def verify(directory: Path) -> dict:
     manifest = load_manifest(directory)
     if manifest is None:
         raise DataError(f"{directory} holds no manifest.json: fineweb.py did not make this directory")
-    bar = progress_bar(iterable=manifest["shards"], unit=" shards")
-    damaged = [entry["name"] for entry in bar if not is_unchanged(directory / entry["name"], entry["sha256"])]
+    hashes = {entry["name"]: entry["sha256"] for entry in manifest["shards"]}
+    bar = progress_bar(iterable=hashes, unit=" shards")
+    damaged = [name for name in bar if not is_unchanged(directory / name, hashes[name])]
     if manifest["complete"]:  # a run that was killed may have written a shard more
-        listed = {entry["name"] for entry in manifest["shards"]}
-        damaged += [name for name in list_shards(directory) if name not in listed]
+        damaged += [name for name in list_shards(directory) if name not in hashes]
     if damaged:
         raise DataError(f"{directory}: not as manifest.json lists: {', '.join(damaged)}; restore, or build again")
     return manifest

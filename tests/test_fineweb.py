@@ -318,12 +318,16 @@ def test_damaged_sources_are_refused_by_name(tmp_path):
         build("--input", "whole.parquet", "--text_column", "body", "--shard_size", 10, "--out_dir", "out")
 
 
-def test_blank_lines_and_byte_order_marks_are_no_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\n\n  \n{"text": "two"}\n\n')
+def test_blank_lines_byte_order_marks_and_nulls_are_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\n\n  \n{"text": null}\n{"text": "two"}\n\n')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
-    names = ["a.jsonl", "b.txt", "./a.jsonl", "*.jsonl"]  # each file once
+    write_parquet(tmp_path / "c.parquet", [None, "four", None])
+    values = pyarrow.DictionaryArray.from_arrays([None, 0], ["five"])
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "d.parquet")
+    names = ["a.jsonl", "b.txt", "./a.jsonl", "*.jsonl", "*.parquet"]  # each file once
     build("--input", *names, "--shard_size", 2, "--out_dir", "out")
-    assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected_tokens(["one", "two", "three"])
+    expected = expected_tokens(["one", "two", "three", "four", "five"])
+    assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected
 
 
 def test_a_file_that_changed_since_an_interruption_is_refused(tmp_path):

@@ -157,6 +157,10 @@ def test_a_manifest_of_another_form_is_refused_whatever_its_hash(tmp_path):
     for key, values in {"name": (1, None, "../x.npy"), "tokens": ("9", None, 1.5), "sha256": (1, None)}.items():
         wrong += [{"shards": [entries[0] | {key: value}, *entries[1:]]} for value in values]
     wrong += [{"complete": False}, {"complete": 1}, {"source": "x"}, {"unigram_loss": "low"}, {"tokens": None}]
+    position = {"file": 0, "document": 0, "token": 0}
+    for key in position:
+        places = [position | {key: value} for value in (-1, 10**30, "0", None)]
+        wrong += [{"complete": False, "shards": [entry | {"next": place} for entry in entries]} for place in places]
     for changes in wrong:
         write_manifest(directory, **changes)
         with pytest.raises(DataError, match=r"manifest\.json is not as it was written") as error:
