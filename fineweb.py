@@ -69,7 +69,7 @@ class FinewebConfig:
 
     @property
     def downloads(self) -> Path | None:
-        """Where files from the Hub lie until their documents are in shards; None if they stay where they are."""
+        # where files from the Hub lie until their documents are in shards; None if they stay where they are
         return None if self.sample or self.input or self.keep_downloads else self.directory / ".downloads"
 
     @property
