@@ -522,7 +522,7 @@ def train(config: TrainConfig) -> None:
             if is_due(config.log_every, state.step, last=state.step == config.max_steps):
                 log_step(trainer, log, rows, loss, norm, time.perf_counter() - began)
             stop_if_diverged(trainer)
-        log.close()
+        log.close(finished)
         world.barrier()  # for the main process to save
         how = f"finished: {config.out_dir}/step_{state.step:06d}"
         world.print(how if finished else f"stopped by a signal; continue with --resume: step {state.step}")
@@ -534,4 +534,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run(main, spare_output=True)
