@@ -62,10 +62,9 @@ def read_prompt(config: SampleConfig) -> str:
 
 def is_piped() -> bool:
     """Whether standard input is another program's output or a file, and not a terminal or nothing."""
-    try:
-        mode = os.fstat(0).st_mode
-    except OSError:  # it is closed
+    if sys.stdin is None:  # it is closed
         return False
+    mode = os.fstat(0).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 

@@ -34,9 +34,10 @@ def read_log(directory: Path) -> list[dict]:
 def read_record(line: str) -> dict:
     """The record in a line of the log; raises ValueError or the like where there is none."""
     record = json.loads(line)
-    finite = all(abs(value) < 1e300 for value in numbers(record).values())
-    if type(record["step"]) is not int or not 0 <= record["step"] < 2**63 or not finite:
-        raise ValueError("no step, or a number that cannot be")
+    if not all(type(step) is int and 0 <= step < 2**63 for step in (record["step"], record.get("sent", 0))):
+        raise ValueError("no step")
+    if not all(abs(value) < 1e300 for value in numbers(record).values()):
+        raise ValueError("a number that JSON does not have")
     return record
 
 
@@ -55,7 +56,8 @@ class Log:
         last = step - 1 if redo_evaluation else step
         kept = [r for r in records if r["step"] <= last or (r["step"] == step and "loss" in r)]
         run = next((r["run"] for r in kept if "run" in r), uuid.uuid4().hex)
-        kept.append({"step": step, "run": run} | record)
+        sent = max([r.get("sent", r["step"]) for r in records], default=0)  # the steps before were sent to a tracker
+        kept.append({"step": step, "run": run, "sent": sent} | record)
         with atomic_write(self.path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         self.tracker.start(kept)
@@ -102,8 +104,8 @@ class Log:
 class Tracker:
     """TensorBoard, Weights & Biases or trackio, or none; one that fails says so once, and is disabled from then on.
 
-    A step is sent whole, once the next one begins. So a tracker has all of a step or nothing, and on resuming it is
-    sent, from the log, the steps after its last one.
+    A step is sent whole, once the next one begins. So a tracker has all of it or nothing, and on resuming it is sent,
+    from the log, what follows the last step that it has.
     """
 
     def __init__(self, name: str, directory: Path, settings: dict, step: int) -> None:
@@ -118,7 +120,7 @@ class Tracker:
         if self.name == "tensorboard":
             self.attempt(self.open_tensorboard)
         elif self.name != "none":
-            self.attempt(self.open_library, records[-1]["run"])
+            self.attempt(self.open_library, records[-1]["run"], records[-1]["sent"])
         for record in records:
             self.log(record)
 
@@ -130,16 +132,17 @@ class Tracker:
         self.send = lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
         self.finish = writer.close
 
-    def open_library(self, run: str) -> None:
+    def open_library(self, run: str, sent: int) -> None:
         """Open wandb or trackio at the run of an earlier process, or, for a run's first or its copy, at a new one."""
         library = importlib.import_module(self.name)
         name = self.directory.resolve().name
         identity = hashlib.sha256(f"{name} {run}".encode()).hexdigest()[:8]
         options = {"project": "gpt2", "name": f"{name}-{identity}", "resume": "allow", "config": self.settings}
-        if self.name == "wandb":
-            self.first = library.init(id=identity, **options).step  # 0 offline: each file is to hold the whole run
+        if self.name == "trackio":  # it finds a run by its name
+            self.first = library.init(**options)._next_step
         else:
-            self.first = library.init(**options)._next_step  # trackio finds a run by its name
+            tracked = library.init(id=identity, **options)
+            self.first = sent if tracked.offline else tracked.step  # offline, it cannot know
         self.send, self.finish = library.log, library.finish
 
     def attempt(self, action: Callable[..., object], *args: Any) -> None:
@@ -168,4 +171,4 @@ class Tracker:
 
 def numbers(record: dict) -> dict[str, float]:
     """What can be drawn of a record."""
-    return {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
+    return {key: v for key, v in record.items() if key not in ("step", "sent") and isinstance(v, int | float)}

@@ -50,10 +50,10 @@ def parse_known_flags(config_class: type[Value], argv: list[str] | None) -> Valu
 @contextlib.contextmanager
 def output_of_local_main() -> Iterator[None]:
     """Leave it to a machine's first process to print what is the same for all that torchrun started."""
-    with contextlib.ExitStack() as stack:
-        if not is_local_main():
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    if is_local_main():
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
