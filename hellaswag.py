@@ -50,7 +50,7 @@ def download(path: Path = FILE) -> Path:
     """Fetch the official validation set unless it is there; raises DataError if that fails."""
     try:
         with lock(path.absolute().with_name(f"{path.name}.lock")):
-            if not path.exists():
+            if not path.is_file():
                 fetch(path)
     except (OSError, HTTPException) as error:
         raise DataError(f"cannot download {URL} ({error}): give a local copy with --data FILE") from None

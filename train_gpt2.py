@@ -503,7 +503,7 @@ def train(config: TrainConfig) -> None:
                 take_step(trainer, log, batches)
             stop_if_diverged(trainer)
         log.write(f"step {state.step:5d} | {clock.summary()}", step=state.step, seconds=clock.seconds)
-        log.close()
+        log.close(finished)
         world.barrier()  # for the main process to save
         how = f"finished: {config.out_dir}/step_{state.step:06d}"
         world.print(how if finished else f"stopped by a signal; continue with --resume: step {state.step}")
@@ -515,4 +515,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run(main, spare_output=True)

@@ -50,10 +50,10 @@ def parse_known_flags(config_class: type[Value], argv: list[str] | None) -> Valu
 @contextlib.contextmanager
 def output_of_local_main() -> Iterator[None]:
     """Leave it to a machine's first process to print what is the same for all that torchrun started."""
-    with contextlib.ExitStack() as stack:
-        if not is_local_main():
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    if is_local_main():
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
@@ -164,26 +164,62 @@ def progress_bar(visible: bool = True, **options: Any) -> tqdm:
     return tqdm(disable=None if visible else True, **options)
 
 
-def run(main: Callable[[], object]) -> NoReturn:
+class Output:
+    """Standard output or error; if it can be spared, what cannot be written is lost, and the script goes on."""
+
+    def __init__(self, stream: Any, spare: bool) -> None:
+        self.stream = stream or open(os.devnull, "w")  # None where it is closed, as by `>&-`
+        self.stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end a run
+        self.spare = spare
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action: Callable[..., object], *args: str) -> None:
+        try:
+            action(*args)
+        except BrokenPipeError:
+            if not self.spare:
+                raise
+        except OSError as error:
+            if not self.spare:
+                raise OSError(f"the output cannot be written: {error}") from None
+
+
+def escape(text: str) -> str:
+    """The text on one line, without characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def run(main: Callable[[], object], spare_output: bool = False) -> NoReturn:
     """Run a script's main and exit; a user's mistake ends in one line, with status 2 (usage) or 1 (data)."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end a run
+    sys.stdout, sys.stderr = Output(sys.stdout, spare_output), Output(sys.stderr, spare_output)
     rank = os.environ.get("RANK")
     status, message = 0, ""
     try:
         main()
+        sys.stdout.flush()
     except SystemExit as ended:  # tyro's, for --help or a mistake that it has printed
         status = ended.code
     except UsageError as error:
         status, message = 2, str(error) if is_local_main() else ""
     except BrokenPipeError:  # whoever read the output has seen enough, as in `sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
     except (DataError, OSError, MemoryError) as error:
-        status, message = 1, str(error) if rank is None else f"{error} (rank {rank})"
+        status, message = 1, str(error) or type(error).__name__
+        message += f" (rank {rank})" if rank else ""
     except KeyboardInterrupt:
         status, message = 130, "interrupted" if is_local_main() else ""
+    sys.stdout.spare = sys.stderr.spare = True  # nothing that is left to print may change the status
     if message:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {escape(message)}", file=sys.stderr)
     if rank is not None:  # a process group's threads may abort or hang an interpreter that exits as usual
         sys.stdout.flush()
         sys.stderr.flush()

@@ -308,7 +308,8 @@ def test_a_missing_prompt_is_a_mistake_before_the_model_is_loaded(run_here, monk
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(UsageError("x"), 2), (DataError("x"), 1), (OSError("x"), 1), (MemoryError("x"), 1)]
+    ("error", "status"),
+    [(UsageError("x"), 2), (DataError("x"), 1), (OSError("x"), 1), (MemoryError("x"), 1), (MemoryError(), 1)],
 )
 def test_each_kind_of_error_has_its_status_and_is_said_in_one_line(capsys, error, status):
     def fail():
@@ -316,7 +317,7 @@ def test_each_kind_of_error_has_its_status_and_is_said_in_one_line(capsys, error
 
     with pytest.raises(SystemExit) as end:
         script.run(fail)
-    assert end.value.code == status and capsys.readouterr().err.endswith("error: x\n")
+    assert end.value.code == status and capsys.readouterr().err.endswith(f"error: {str(error) or 'MemoryError'}\n")
 
 
 def test_an_error_of_the_program_itself_keeps_its_traceback():
@@ -345,6 +346,61 @@ def test_a_reader_that_goes_away_ends_the_script_without_a_word():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def run_redirected(redirection, script, *flags):
+    """Run a script with its streams as a shell's redirection says; returns the finished process."""
+    command = [
+        "bash",
+        "-o",
+        "pipefail",
+        "-c",
+        f'"$@" {redirection}',
+        "bash",
+        sys.executable,
+        str(ROOT / script),
+        *flags,
+    ]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+
+
+needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux alone has a device that is full")
+
+
+@pytest.mark.parametrize(
+    "redirection", [pytest.param(">/dev/full 2>&1", marks=needs_dev_full), ">&- 2>&- <&-", "| true"]
+)
+def test_a_training_run_goes_on_where_nothing_can_be_printed(trained, tmp_path, redirection):
+    finished = run_redirected(redirection, "train_gpt2.py", *flags_of(tiny_run(trained, out_dir="log")))
+    assert finished.returncode == 0 and not finished.stderr
+    assert records(tmp_path / "log") == records(trained / "log")
+    expected = (trained / "log" / "step_000004" / "model.safetensors").read_bytes()
+    assert (tmp_path / "log" / "step_000004" / "model.safetensors").read_bytes() == expected
+
+
+@needs_dev_full
+@pytest.mark.parametrize("name", ["sample.py", "hellaswag.py", "plot.py"])
+def test_where_the_output_is_what_was_asked_for_a_full_disk_is_one_line(trained, tmp_path, name):
+    (tmp_path / "examples.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    shutil.copytree(trained / "log", tmp_path / "log")
+    flags = {"sample.py": ["--prompt", "a"], "hellaswag.py": ["--data", "examples.jsonl"], "plot.py": []}
+    finished = run_redirected(">/dev/full", name, *flags[name])
+    assert finished.returncode == 1
+    assert finished.stderr == f"{name}: error: the output cannot be written: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--xyzzy", 2)])
+def test_no_script_minds_closed_output(run_here, monkeypatch, flag, status):
+    for name in MAINS:
+        monkeypatch.setattr(sys, "stdout", None)
+        monkeypatch.setattr(sys, "stderr", None)
+        assert run_here(name, flag)[0] == status
+
+
+@pytest.mark.parametrize("odd", ["\x1b[31m", "\n", "\r", "\x7f", "\x9b", "\u2028", "\u202e", "\udcff"])
+def test_what_a_terminal_would_obey_is_shown_escaped_on_one_line(run_here, odd):
+    _, _, error = run_here("plot.py", "--out_dir", f"a{odd}b")
+    assert f"a{odd[0]!r}".replace("'", "") in error and odd not in error.removesuffix("\n")
 
 
 def test_a_terminal_without_the_characters_does_not_end_a_run(trained, tmp_path, monkeypatch):
