@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -43,17 +44,35 @@ def write_json(path: Path, content: object) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; raises DataError, which names the file, where there is none."""
+def read_text(path: Path) -> str:
+    """The text in a file; raises DataError, which names the file, where there is none."""
     try:
         if not path.is_file():  # a pipe or a device might never end
-            raise ValueError("there is no such file")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+            raise ValueError("there is no such regular file")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises DataError, which names the file, where there is none."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} cannot be read: it holds no JSON object")
     return content
+
+
+def first_difference(content: dict, expected: dict) -> str | None:
+    """The first key whose value is not the expected one, with both values; None if there is no such key."""
+    for key in expected | content:
+        value, right = content.get(key, "missing"), expected.get(key, "nothing")
+        if value != right:
+            return f"{key!r} is {value}, expected {right}"
+    return None
 
 
 def sha256(path: Path) -> str:
@@ -86,10 +105,14 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
         file_lock.acquire(blocking=False)
     except Timeout:
         if not wait:
-            raise UsageError(f"{path.parent} is in use by another process") from None
+            holder = " on ".join(path.read_text().split()[:2]) or "not known"
+            raise UsageError(f"{path.parent} is in use by another process ({holder})") from None
         print(f"waiting for another process that writes to {path.parent}", flush=True)
         file_lock.acquire()
     try:
+        with contextlib.suppress(OSError):  # a full disk, on which the holder cannot be named
+            if not path.read_text():  # else filelock, where the disk has no locks, has written the same
+                path.write_text(f"{os.getpid()}\n{platform.node()}\n")
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is held: filelock sees that, and locks a new file
