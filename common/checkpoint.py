@@ -183,7 +183,7 @@ def find_checkpoint(out_dir: Path, resume: bool, world: World) -> Path | None:
     """
     if world.is_main and not resume and (checkpoints(out_dir) or (out_dir / "log.jsonl").exists()):
         raise UsageError(f"--out_dir {out_dir} holds a run: continue it with --resume, or choose another directory")
-    newest, errors = newest_checkpoint(out_dir) if world.is_main and resume else (None, {})
+    newest, errors = (world.on_main(lambda: newest_checkpoint(out_dir)) if resume else None) or (None, {})
     if errors and newest is None:
         raise DataError(f"no checkpoint in --out_dir {out_dir} is whole: choose another directory to start anew")
     for directory, error in errors.items():
