@@ -68,11 +68,6 @@ class FinewebConfig:
         return Path(self.out_dir or (shards.SAMPLE_DATA if self.sample else shards.FULL_DATA))
 
     @property
-    def downloads(self) -> Path | None:
-        # where files from the Hub lie until their documents are in shards; None if they stay where they are
-        return None if self.sample or self.input or self.keep_downloads else self.directory / ".downloads"
-
-    @property
     def tokens_per_shard(self) -> int:
         return self.shard_size or (65_536 if self.sample else 100_000_000)
 
@@ -114,11 +109,16 @@ def list_files(config: FinewebConfig) -> list[str]:
     return hub.list_train_files(config.dataset, config.name, config.revision, tuple(READERS))
 
 
+def download_dir(config: FinewebConfig) -> Path | None:
+    """Where files of the Hub lie until their documents are in shards; None if there are none, or they are to stay."""
+    return None if config.sample or config.input or config.keep_downloads else config.directory / ".downloads"
+
+
 def read_file(config: FinewebConfig, name: str) -> Iterable[bytes]:
     """The documents of one of the source's files, in UTF-8, once it is here."""
     if config.sample:
         return sample_documents()
-    path = Path(name) if config.input else hub.fetch_file(config.dataset, name, config.revision, config.downloads)
+    path = Path(name) if config.input else hub.fetch_file(config.dataset, name, config.revision, download_dir(config))
     return READERS[path.suffix](path, config.text_column)
 
 
@@ -438,8 +438,8 @@ def build(config: FinewebConfig) -> dict:
             manifest = open_manifest(config, identity)
             if not manifest["complete"]:
                 write_shards(config, manifest)
-            if config.downloads:
-                shutil.rmtree(config.downloads, ignore_errors=True)
+            if directory := download_dir(config):
+                shutil.rmtree(directory, ignore_errors=True)
     except OSError as error:
         remedy = "finished shards are intact; fix the cause, and run the same command again"
         raise DataError(f"cannot build {config.directory} ({error}): {remedy}") from None
@@ -490,8 +490,9 @@ def write_shards(config: FinewebConfig, manifest: dict) -> None:
 
 def remove_downloads(config: FinewebConfig, names: list[str]) -> None:
     """Remove files of the Hub whose documents are in shards, unless they lie in the library's own cache."""
-    for name in names if config.downloads else []:
-        (config.downloads / name).unlink(missing_ok=True)
+    if directory := download_dir(config):
+        for name in names:
+            (directory / name).unlink(missing_ok=True)
 
 
 def make_shards(
