@@ -35,7 +35,7 @@ import numpy as np
 
 from common import hub, shards
 from common.files import lock, sha256
-from common.script import DataError, Positive, UsageError, check_settings, parse_flags, progress_bar, run
+from common.script import DataError, Positive, UsageError, check_settings, escape, parse_flags, progress_bar, run
 from common.tokenizer import END_OF_TEXT, VOCABULARY, encoding, utf8
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -517,7 +517,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"encoding with {choose_encoder(config)} (choose with --encoder)", flush=True)
         directory, manifest = config.directory, build(config)
     print(
-        f"{directory}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
+        f"{escape(str(directory))}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
         f"{len(manifest['shards'])} shards; unigram loss {manifest['unigram_loss']:.4f}"
     )
 

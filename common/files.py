@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from common.script import DataError, UsageError
+from common.script import DataError, UsageError, escape
 
 MANIFEST = "MANIFEST.json"  # of a checkpoint: the SHA-256 of each of its files
 
@@ -107,7 +107,7 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
         if not wait:
             holder = " on ".join(path.read_text().split()[:2]) or "not known"
             raise UsageError(f"{path.parent} is in use by another process ({holder})") from None
-        print(f"waiting for another process that writes to {path.parent}", flush=True)
+        print(f"waiting for another process that writes to {escape(str(path.parent))}", flush=True)
         file_lock.acquire()
     try:
         with contextlib.suppress(OSError):  # a full disk, on which the holder cannot be named
