@@ -41,9 +41,13 @@ class TrainConfig:
     seed: MustMatch[int] = 1337  # seed of the initial weights and the order of the rows
 
     max_steps: Positive[int] = 19_073  # optimizer steps of the whole run
+    optimizer: MustMatch[Literal["adamw", "muon"]] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
+    schedule: MustMatch[Literal["cosine", "linear"]] = "cosine"  # decay of the learning rate after warm-up
+    decay_fraction: MustMatch[float] = 0.75  # part of the run over which the linear schedule decays, at its end
     warmup_steps: MustMatch[int] = 715  # optimizer steps of linear warm-up
     max_lr: MustMatch[float] = 6e-4  # learning rate after warm-up
-    min_lr: MustMatch[float | None] = None  # learning rate at the end; None: a tenth of max_lr
+    min_lr: MustMatch[float | None] = None  # learning rate at the end; None: a tenth of max_lr, if linear 0
+    muon_lr: MustMatch[float] = 0.02  # Muon's learning rate after warm-up, which the schedule scales as AdamW's
     beta1: MustMatch[float] = 0.9  # AdamW's decay of the first moment
     beta2: MustMatch[float] = 0.95  # AdamW's decay of the second moment
     weight_decay: MustMatch[float] = 0.1  # decay of matrices; biases and norms have none
@@ -128,7 +132,7 @@ def fill_defaults(config: TrainConfig, device: torch.device, sizes: GPTConfig) -
         "data_dir": None if config.data_dir else default_data_dir(config.model),
         "block_size": sizes.block_size,
         "initial_batch_size": config.total_batch_size,
-        "min_lr": 0.1 * config.max_lr,
+        "min_lr": 0.0 if config.schedule == "linear" else 0.1 * config.max_lr,
         "compile": device.type == "cuda",
     }
     return replace(config, dtype=dtype, **{name: v for name, v in defaults.items() if getattr(config, name) is None})
@@ -165,6 +169,8 @@ def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
         raise UsageError("--initial_batch_size and --batch_ramp_tokens make the ramp together: give both or neither")
     if max(config.beta1, config.beta2) >= 1:
         raise UsageError(f"--beta1 {config.beta1} and --beta2 {config.beta2} must be below 1")
+    if config.decay_fraction > 1:
+        raise UsageError(f"--decay_fraction {config.decay_fraction} is a part of the run: at most 1")
     if not config.max_lr:
         raise UsageError("--max_lr 0 would train nothing")
     if config.min_lr > config.max_lr:
