@@ -326,11 +326,31 @@ def write_samples(trainer: Trainer, prompt: str) -> dict[str, float]:
     return {}
 
 
+@torch.no_grad()
+def largest_attention_logit(trainer: Trainer, val: Shard) -> dict[str, float]:
+    """The largest of any layer and head on the val shard's first row; where it keeps growing, training may diverge."""
+    gpt, logits = trainer.state.gpt, []
+
+    def record(module: nn.Module, inputs: tuple, projections: Tensor) -> None:
+        q, k, _ = projections.unflatten(2, (3, gpt.config.n_head, -1)).unbind(2)  # (1, T, H, D)
+        products = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()).tril()  # (1, H, T, T)
+        logits.append(float(products.max()) / math.sqrt(q.shape[-1]))
+
+    hooks = [block.attn.c_attn.register_forward_hook(record) for block in gpt.transformer.h]
+    row = torch.from_numpy(val.read(0, trainer.config.block_size).astype(np.int64))[None]  # (1, T)
+    with trainer.autocast():
+        gpt.hidden(row.to(trainer.world.device))
+    for hook in hooks:
+        hook.remove()
+    return {"attention_logit": max(logits)}
+
+
 # What is evaluated: the setting that says how often; what loads its data on each rank, None to leave it out; and what
 # scores, on all ranks alike, and returns numbers for the log
 EVALUATIONS = (
     ("eval_every", lambda config, world, shards: shards.val, validation_loss),
     ("hellaswag_every", load_hellaswag, score_hellaswag),
+    ("attention_every", lambda config, world, shards: shards.val, largest_attention_logit),
     ("sample_every", lambda config, world, shards: sample.PROMPT, write_samples),
 )
 
