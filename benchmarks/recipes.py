@@ -1,11 +1,10 @@
-"""Which recipe reaches a loss with fewest tokens, on a GPT-2 small enough for two CPU cores and on your own shards.
+"""How many tokens each recipe needs for a loss, on a GPT-2 small enough for two CPU cores and on shards of your own.
 
 python -m benchmarks.recipes --data_dir SHARDS
 
-Every run's result is a line of --out, and a run that is there is not repeated, so that the command goes on where it
-was. First the learning rates of each method are doubled and halved until the best has worse neighbors; then come runs
-of two and four times the tokens with the best, each with a schedule of its own length, and last Muon with one thing
-changed.
+Each run's result is a line of --out, and what is there is not run again: the command goes on where it was. First each
+method's learning rates are doubled and halved until both neighbors of the best are worse; then the best have runs of
+two and four times the tokens, each with a schedule of its own length; last, Muon is run with one thing changed.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -40,18 +39,19 @@ CPU = torch.device("cpu")
 class BenchmarkConfig:
     data_dir: str = FULL_DATA  # shards
     out: str = "benchmarks/recipes.jsonl"  # file of the results
+    picture: str = "recipes.png"  # file of the curves
     tokens: Positive[int] = 2**21  # tokens of the shortest runs; the others have two and four times as many
     batch: Positive[int] = 8192  # tokens in an optimizer step
-    vocabulary: Positive[int] = 8192  # the most frequent tokens, the last standing for all others
+    vocabulary: Positive[int] = 8192  # tokens that are told apart: the most frequent, and one for all others
     n_layer: Positive[int] = 6  # layers
-    n_embd: Positive[int] = 256  # channels
+    n_embd: Positive[int] = 256  # channels, 64 to a head
     block_size: Positive[int] = 256  # tokens in a sequence
     workers: Positive[int] = 2  # runs at a time, each in a process of one thread
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run; its result is the validation loss at its end."""
+    """A training run: what tells it from the others."""
 
     method: str
     max_lr: float
@@ -61,23 +61,30 @@ class Run:
     change: str = ""
 
 
+# The settings of each method, and the run with which its sweep begins
 METHODS = {
-    "AdamW, cosine": {"schedule": "cosine"},
-    "AdamW, linear": {"schedule": "linear"},
-    "Muon": {"optimizer": "muon", "schedule": "linear", "weight_decay": 0.05},
+    "AdamW, cosine": ({"schedule": "cosine"}, Run("AdamW, cosine", 1.2e-3, 0)),
+    "AdamW, linear": ({"schedule": "linear"}, Run("AdamW, linear", 1.2e-3, 0)),
+    "Muon": (
+        {"optimizer": "muon", "schedule": "linear", "weight_decay": 0.05},
+        Run("Muon", 3e-3, 0, muon_lr=0.02),
+    ),
 }
+
+
+# ---- what is changed in Muon's recipe --------------------------------------------------------------------------------
 
 
 def together(trainer: Trainer) -> None:
     for group in trainer.state.optimizer.param_groups:
-        if "parts" in group:
-            group["parts"] = 1
+        group["parts"] = 1
 
 
 def zero_projections(trainer: Trainer) -> None:
-    for block in trainer.state.gpt.transformer.h:
-        torch.nn.init.zeros_(block.attn.c_proj.weight)
-        torch.nn.init.zeros_(block.mlp.c_proj.weight)
+    if trainer.state.step == 0:
+        for block in trainer.state.gpt.transformer.h:
+            torch.nn.init.zeros_(block.attn.c_proj.weight)
+            torch.nn.init.zeros_(block.mlp.c_proj.weight)
 
 
 def warm_up_momentum(trainer: Trainer) -> None:
@@ -87,19 +94,22 @@ def warm_up_momentum(trainer: Trainer) -> None:
             group["momentum"] = 0.85 + 0.1 * warmth
 
 
-SETTINGS = {
+CHANGED_SETTINGS = {
     "no decay": {"weight_decay": 0.0},
     "decay 0.1": {"weight_decay": 0.1},
     "constant for 75%": {"decay_fraction": 0.25},
 }
-AT_START = {"q, k, v together": together, "c_proj from zero": zero_projections}
-AT_EACH_STEP = {"momentum from 0.85": warm_up_momentum}
+BEFORE_EACH_STEP = {
+    "q, k, v together": together,
+    "c_proj from zero": zero_projections,
+    "momentum from 0.85": warm_up_momentum,
+}
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
 class RemappedShard:
-    """The tokens of shards, numbered anew; in memory."""
+    """The tokens of shards under new numbers, in memory."""
 
     def __init__(self, shards: list[Shard], numbers: np.ndarray) -> None:
         self.tokens = np.concatenate([numbers[shard.read(0, len(shard))] for shard in shards])
@@ -113,7 +123,7 @@ class RemappedShard:
 
 @lru_cache(maxsize=1)
 def remapped_shards(data_dir: str, vocabulary: int) -> tuple[RemappedShard, RemappedShard]:
-    """The train tokens and the val tokens, numbered by their frequency; the last number stands for all rarer ones."""
+    """The train and the val tokens, numbered by frequency, the last number for all that are rarer."""
     shards = open_shards(Path(data_dir))
     counts = sum(np.bincount(shard.read(0, len(shard)), minlength=N_TOKENS) for shard in shards.train)
     numbers = np.full(N_TOKENS, vocabulary - 1, dtype=np.uint16)
@@ -122,26 +132,24 @@ def remapped_shards(data_dir: str, vocabulary: int) -> tuple[RemappedShard, Rema
 
 
 def train(config: BenchmarkConfig, training: Run) -> dict:
-    """Train once; returns the run and what was measured."""
+    """Train once; returns the run and its result."""
     torch.set_num_threads(1)
     torch.manual_seed(training.seed)
     sizes = GPTConfig(config.block_size, config.vocabulary, config.n_layer, config.n_embd // 64 or 1, config.n_embd)
     settings = train_config(config, training, sizes)
     trainer = train_gpt2.make_trainer(settings, World(0, 1, CPU), GPT(sizes))
-    AT_START.get(training.change, lambda trainer: None)(trainer)
     train_shard, val_shard = remapped_shards(config.data_dir, config.vocabulary)
     batches = Batches([train_shard], config.block_size, training.seed, shuffle=True)
     losses, seconds, state = [], [], trainer.state
     while state.step < settings.max_steps:
-        AT_EACH_STEP.get(training.change, lambda trainer: None)(trainer)
+        BEFORE_EACH_STEP.get(training.change, lambda trainer: None)(trainer)
         rows, state.position = batches.at(state.position, config.batch)
         began = time.process_time()
         losses.append(train_gpt2.training_step(trainer, rows)[0])
         seconds.append(time.process_time() - began)
-    tenths = np.array_split(losses, 10)
     return asdict(training) | {
         "val_loss": round(train_gpt2.validation_loss(trainer, val_shard)["val_loss"], 4),
-        "losses": [round(float(np.mean(tenth)), 4) for tenth in tenths],  # of training, over each tenth of the run
+        "losses": [round(float(np.mean(tenth)), 4) for tenth in np.array_split(losses, 10)],  # while training
         "cpu_seconds_a_step": round(statistics.median(seconds), 3),
         "skipped": state.skipped,
     }
@@ -159,101 +167,109 @@ def train_config(config: BenchmarkConfig, training: Run, sizes: GPTConfig) -> Tr
         muon_lr=training.muon_lr,
         val_tokens=2**17,
     )
-    settings = replace(settings, **METHODS[training.method] | SETTINGS.get(training.change, {}))
-    return fill_defaults(settings, CPU, sizes)
+    of_method, _ = METHODS[training.method]
+    return fill_defaults(replace(settings, **of_method | CHANGED_SETTINGS.get(training.change, {})), CPU, sizes)
 
 
 # ---- all runs --------------------------------------------------------------------------------------------------------
 
+Results = dict[Run, dict]
 
-def read_results(path: Path) -> dict[Run, dict]:
+
+def read_results(path: Path) -> Results:
     lines = path.read_text().splitlines() if path.exists() else []
     results = [json.loads(line) for line in lines]
-    return {Run(**{name: result[name] for name in asdict(Run("", 0, 0))}): result for result in results}
+    return {Run(**{field.name: result[field.name] for field in fields(Run)}): result for result in results}
 
 
-def best(config: BenchmarkConfig, results: dict[Run, dict], method: str) -> Run:
-    """The best run of the sweep, and before it began the rates to begin with."""
-    swept = Run(method, 3e-3 if method == "Muon" else 1.2e-3, config.tokens, 0.02 if method == "Muon" else 0.0)
-    tried = [r for r in results if r == replace(swept, max_lr=r.max_lr, muon_lr=r.muon_lr)]
-    return min(tried, key=lambda r: results[r]["val_loss"], default=swept)
+def best(config: BenchmarkConfig, results: Results, method: str) -> Run:
+    """The best of a method's sweep so far."""
+    first = replace(METHODS[method][1], tokens=config.tokens)
+    swept = [r for r in results if r == replace(first, max_lr=r.max_lr, muon_lr=r.muon_lr)]
+    return min(swept, key=lambda r: results[r]["val_loss"], default=first)
 
 
-def sweep(config: BenchmarkConfig, results: dict[Run, dict]) -> Iterator[Run]:
+def sweep(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
     """The best of each method so far, and its neighbors."""
-    centers = [best(config, results, method) for method in METHODS]
-    yield from centers
-    for center in reversed(centers):
+    for method in METHODS:
+        yield best(config, results, method)
+    for method in reversed(METHODS):
+        center = best(config, results, method)
         for factor in (0.5, 2.0):
             yield replace(center, max_lr=factor * center.max_lr)
             if center.muon_lr:
                 yield replace(center, muon_lr=factor * center.muon_lr)
 
 
-def contestants(config: BenchmarkConfig, results: dict[Run, dict]) -> dict[str, Run]:
-    """AdamW as the recipe of GPT-2 124M has it, and the best of each method."""
+def contestants(config: BenchmarkConfig, results: Results) -> dict[str, Run]:
+    """AdamW with the rate of the 124M recipe, and the best of each method."""
     untuned = Run("AdamW, cosine", TrainConfig().max_lr, config.tokens)
     return {"AdamW, recipe": untuned} | {method: best(config, results, method) for method in METHODS}
 
 
-def longer(config: BenchmarkConfig, results: dict[Run, dict]) -> Iterator[Run]:
-    """Runs of one, two and four times the tokens, those of twice with three seeds."""
-    runs = contestants(config, results).values()
+def longer(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
     for factor, seed in ((1, 0), (2, 0), (2, 1), (2, 2), (4, 0)):
-        yield from (replace(r, tokens=factor * config.tokens, seed=seed) for r in runs)
+        for contestant in contestants(config, results).values():
+            yield replace(contestant, tokens=factor * config.tokens, seed=seed)
 
 
-def ablations(config: BenchmarkConfig, results: dict[Run, dict]) -> Iterator[Run]:
-    muon = best(config, results, "Muon")
+def ablations(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
     for seed in (0, 1):
-        for change in ("", *SETTINGS, *AT_START, *AT_EACH_STEP):
-            yield replace(muon, change=change, seed=seed)
+        for change in ("", *CHANGED_SETTINGS, *BEFORE_EACH_STEP):
+            yield replace(best(config, results, "Muon"), change=change, seed=seed)
 
 
-def measure(config: BenchmarkConfig) -> dict[Run, dict]:
+def measure(config: BenchmarkConfig) -> Results:
     """Run what --out does not have yet, stage by stage; returns all results."""
     out = Path(config.out)
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         for stage in (sweep, longer, ablations):
             results = read_results(out)
-            while pending := [r for r in dict.fromkeys(stage(config, results)) if r not in results]:
-                for finished in as_completed([pool.submit(partial(train, config), r) for r in pending]):
+            while missing := [r for r in dict.fromkeys(stage(config, results)) if r not in results]:
+                for finished in as_completed([pool.submit(train, config, r) for r in missing]):
+                    line = json.dumps(finished.result())
+                    print(line, flush=True)
                     with out.open("a") as file:
-                        file.write(json.dumps(finished.result()) + "\n")
-                    print(json.dumps(finished.result()), flush=True)
+                        file.write(line + "\n")
                 results = read_results(out)
-    return read_results(out)
+    return results
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 
-def tokens_to_reach(loss: float, curve: dict[int, float]) -> float:
-    """After how many tokens a curve has a loss, interpolated in the logarithm; NaN outside of what was measured."""
-    tokens = sorted(curve)
-    falling = [-curve[count] for count in tokens]
-    return math.exp(np.interp(-loss, falling, np.log(tokens), left=math.nan, right=math.nan))
-
-
-def report(config: BenchmarkConfig, results: dict[Run, dict]) -> None:
-    """Print each contestant's losses, and how many times Muon's tokens it needs for Muon's losses."""
-    runs = contestants(config, results)
-    curves = {name: curve_of(r, results) for name, r in runs.items()}
-    for name, r in runs.items():
-        print(f"{name}: max_lr {r.max_lr:g}, muon_lr {r.muon_lr:g}, validation loss by tokens {curves[name]}")
-        for muon in (m for m in results if replace(m, tokens=0, seed=0) == replace(runs["Muon"], tokens=0)):
-            factor = tokens_to_reach(results[muon]["val_loss"], curves[name]) / muon.tokens
-            print(f"  {factor:.2f} times Muon's tokens for its loss after {muon.tokens:,} (seed {muon.seed})")
-    print(json.dumps({name: asdict(r) | {"val_loss": curves[name]} for name, r in runs.items()}))
-
-
-def curve_of(contestant: Run, results: dict[Run, dict]) -> dict[int, float]:
+def curve(contestant: Run, results: Results) -> dict[int, float]:
     """Its validation loss by the tokens of the run, the mean over the seeds."""
-    losses: dict[int, list[float]] = {}
-    for r, result in results.items():
-        if r == replace(contestant, tokens=r.tokens, seed=r.seed):
-            losses.setdefault(r.tokens, []).append(result["val_loss"])
-    return {tokens: statistics.mean(values) for tokens, values in sorted(losses.items())}
+    same = [r for r in results if r == replace(contestant, tokens=r.tokens, seed=r.seed)]
+    lengths = sorted({r.tokens for r in same})
+    return {n: statistics.mean(results[r]["val_loss"] for r in same if r.tokens == n) for n in lengths}
+
+
+def tokens_to_reach(loss: float, curve: dict[int, float]) -> float:
+    """After how many tokens a curve is at a loss, interpolated in the logarithm; NaN outside of what was measured."""
+    falling = [-value for value in curve.values()]
+    return math.exp(np.interp(-loss, falling, np.log(list(curve)), left=math.nan, right=math.nan))
+
+
+def report(config: BenchmarkConfig, results: Results) -> None:
+    """Print each contestant's losses, and how many times Muon's tokens it needs for Muon's losses; draw the curves."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    runs = contestants(config, results)
+    for name, contestant in runs.items():
+        losses = curve(contestant, results)
+        print(f"{name}, max_lr {contestant.max_lr:g}, muon_lr {contestant.muon_lr:g}: {losses}")
+        for r in results:
+            if r == replace(runs["Muon"], tokens=r.tokens, seed=r.seed):
+                factor = tokens_to_reach(results[r]["val_loss"], losses) / r.tokens
+                print(f"    {factor:.2f} times Muon's tokens for its loss after {r.tokens:,} (seed {r.seed})")
+        axes.plot(list(losses), list(losses.values()), marker=".", label=name)
+    axes.set(xscale="log", xlabel="tokens of the run", ylabel="validation loss (nats per token)")
+    axes.legend()
+    figure.savefig(config.picture)
+    print(json.dumps({name: asdict(r) | {"val_loss": curve(r, results)} for name, r in runs.items()}))
 
 
 def main(argv: list[str] | None = None) -> None:

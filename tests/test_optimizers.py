@@ -1,9 +1,12 @@
 """Muon's updates are torch.optim.Muon's, and a run with it is divided, saved and resumed as any other."""
 
 import copy
+import json
 import math
 import shutil
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from conftest import ROOT, flags_of, random_ids, records, run_script, small_gpt,
 
 import plot
 import train_gpt2
+from benchmarks import recipes as benchmark
 from common.huggingface import load_gpt
 from common.muon import orthogonalized
 from common.processes import World
@@ -96,7 +100,7 @@ def test_embeddings_biases_and_norms_are_updated_by_adamw_without_decay():
 
 @pytest.fixture
 def shards(make_shards, small_debug, monkeypatch):
-    """2,500 train tokens in five shards, for a model that is smaller still; no picture, which takes longer than a run."""
+    """2,500 train tokens in five shards, and a smaller model; no picture, which would take longer than a run."""
     monkeypatch.setattr(plot, "draw", lambda directory: None)
     return make_shards(tokens=3000, shard_size=500)
 
@@ -171,7 +175,8 @@ def test_two_processes_train_with_muon_as_one_does(make_shards, tmp_path):
     make_shards()
     config = muon_config(max_steps=4, total_batch_size=64)
     for processes in (0, 2):
-        finished = run_script("train_gpt2.py", *flags_of(replace(config, out_dir=f"by{processes}")), processes=processes)
+        flags = flags_of(replace(config, out_dir=f"by{processes}"))
+        finished = run_script("train_gpt2.py", *flags, processes=processes)
         assert finished.returncode == 0, finished.stderr
     alone, together = records(tmp_path / "by0"), records(tmp_path / "by2")
     assert list(alone) == [1, 2, 3, 4] and together == pytest.approx(alone, abs=1e-3)
@@ -201,7 +206,9 @@ def test_the_largest_attention_logit_is_logged_on_request(shards, tmp_path):
 
 
 def test_the_linear_schedule_is_constant_until_the_last_part_of_the_run():
-    config = TrainConfig(schedule="linear", max_lr=1e-3, min_lr=1e-4, warmup_steps=10, max_steps=100, decay_fraction=0.4)
+    config = TrainConfig(
+        schedule="linear", decay_fraction=0.4, max_lr=1e-3, min_lr=1e-4, max_steps=100, warmup_steps=10
+    )
     assert learning_rate(config, 0) == pytest.approx(1e-4)
     assert {learning_rate(config, step) for step in range(9, 61)} == {1e-3}
     assert learning_rate(config, 80) == pytest.approx((1e-3 + 1e-4) / 2)
@@ -221,7 +228,8 @@ def test_the_linear_schedule_ends_at_zero_by_default_and_the_cosine_at_a_tenth(s
 def test_a_run_may_be_prolonged_from_its_constant_part_and_not_from_its_decay(shards, tmp_path):
     config = muon_config(decay_fraction=0.5, save_every=2)
     train(config)
-    shutil.copytree(tmp_path / "log", tmp_path / "constant", ignore=shutil.ignore_patterns("step_000006", "step_000008"))
+    in_decay = shutil.ignore_patterns("step_000006", "step_000008")
+    shutil.copytree(tmp_path / "log", tmp_path / "constant", ignore=in_decay)
     train(replace(config, out_dir="constant", max_steps=12, resume=True))
     train(replace(config, out_dir="whole", max_steps=12))
     assert records(tmp_path / "constant") == records(tmp_path / "whole")
@@ -232,3 +240,51 @@ def test_a_run_may_be_prolonged_from_its_constant_part_and_not_from_its_decay(sh
 def test_a_decay_longer_than_the_run_is_refused(shards):
     with pytest.raises(UsageError, match=r"--decay_fraction 1\.5"):
         train(muon_config(decay_fraction=1.5))
+
+
+# ---- the benchmark of recipes ----------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_recipes_brackets_the_best_rates_and_runs_nothing_twice(monkeypatch, capsys):
+    trained = []
+
+    def pretend(config, training):
+        trained.append(training)
+        best = {"AdamW, cosine": 5e-3, "AdamW, linear": 5e-4, "Muon": 3e-3}[training.method]
+        loss = 5 + math.log(training.max_lr / best) ** 2 - math.log2(training.tokens) / 10
+        loss += math.log(training.muon_lr / 0.08) ** 2 - 0.1 if training.muon_lr else 0.0
+        return asdict(training) | {"val_loss": loss}
+
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(benchmark, "train", pretend)
+    benchmark.main(["--out", "results.jsonl"])
+    best = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: (run["max_lr"], run["muon_lr"]) for name, run in best.items()} == {
+        "AdamW, recipe": (6e-4, 0.0),
+        "AdamW, cosine": (4.8e-3, 0.0),
+        "AdamW, linear": (6e-4, 0.0),
+        "Muon": (3e-3, 0.08),
+    }
+    assert len(trained) == len(set(trained)) and {r.seed for r in trained} == {0, 1, 2}
+    trained.clear()
+    lines = Path("results.jsonl").read_text().splitlines()
+    Path("results.jsonl").write_text("".join(line + "\n" for line in lines[:-1]))
+    benchmark.main(["--out", "results.jsonl"])
+    assert [asdict(r) for r in trained] == [{k: v for k, v in json.loads(lines[-1]).items() if k != "val_loss"}]
+
+
+def test_the_distance_between_curves_is_interpolated_in_the_logarithm():
+    falling = {2**20: 5.0, 2**22: 4.0}
+    assert benchmark.tokens_to_reach(4.5, falling) == pytest.approx(2**21)
+    assert math.isnan(benchmark.tokens_to_reach(3.9, falling)) and math.isnan(benchmark.tokens_to_reach(5.1, falling))
+
+
+def test_a_run_of_the_benchmark_of_recipes_learns_with_every_change(make_shards):
+    config = benchmark.BenchmarkConfig(
+        **{"data_dir": str(make_shards()), "vocabulary": 16, "n_layer": 1, "n_embd": 16, "block_size": 32, "batch": 64}
+    )
+    changes = ["", *benchmark.CHANGED_SETTINGS, *benchmark.BEFORE_EACH_STEP]
+    runs = [benchmark.Run("Muon", 1e-2, 1280, 0.02, change=change) for change in changes]
+    results = [benchmark.train(config, training) for training in runs]
+    assert len({str(result["losses"]) for result in results}) == len(changes)
+    assert all(result["val_loss"] < math.log(16) - 0.1 for result in results)
