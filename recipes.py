@@ -78,6 +78,7 @@ class TrainConfig:
 RECIPES = {
     "debug": TrainConfig(
         model="debug",
+        optimizer="adamw",
         batch_size=4,
         total_batch_size=2048,
         max_steps=120,
@@ -89,11 +90,17 @@ RECIPES = {
         sample_every=60,
         save_every=30,
     ),
-    "gpt2": TrainConfig(model="gpt2"),
-    "gpt2-medium": TrainConfig(model="gpt2-medium", batch_size=16, max_lr=3e-4),
-    "gpt2-large": TrainConfig(model="gpt2-large", batch_size=8, max_lr=2.5e-4),
+    "gpt2": TrainConfig(model="gpt2", optimizer="adamw"),
+    "gpt2-medium": TrainConfig(model="gpt2-medium", optimizer="adamw", batch_size=16, max_lr=3e-4),
+    "gpt2-large": TrainConfig(model="gpt2-large", optimizer="adamw", batch_size=8, max_lr=2.5e-4),
     "gpt2-xl": TrainConfig(
-        model="gpt2-xl", batch_size=4, total_batch_size=2**20, max_steps=9_536, warmup_steps=357, max_lr=2e-4
+        model="gpt2-xl",
+        optimizer="adamw",
+        batch_size=4,
+        total_batch_size=2**20,
+        max_steps=9_536,
+        warmup_steps=357,
+        max_lr=2e-4,
     ),
 }
 
