@@ -159,7 +159,7 @@ def make_optimizer(gpt: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     defaults = {"lr": config.max_lr, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
     matrices = [p for p in gpt.parameters() if p.dim() >= 2]
     others = {"params": [p for p in gpt.parameters() if p.dim() < 2], "weight_decay": 0.0}
-    if config.optimizer == "adamw":
+    if config.optimizer != "muon":
         return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, others], **defaults)
     blocks = gpt.transformer.h
     embeddings = [gpt.transformer.wte.weight, gpt.transformer.wpe.weight]
