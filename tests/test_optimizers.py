@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, flags_of, random_ids, records, run_script, small_gpt, tiny_config
+from conftest import flags_of, random_ids, records, run_script, small_gpt, tiny_config
 
 import plot
 import train_gpt2
@@ -82,8 +82,8 @@ def test_embeddings_biases_and_norms_are_updated_by_adamw_without_decay():
     gpt = small_gpt()
     others = {name: p for name, p in gpt.named_parameters() if ".h." not in name or p.dim() < 2}
     copies = [parameter.detach().clone().requires_grad_() for parameter in others.values()]
-    theirs = torch.optim.AdamW(copies, lr=MUON.max_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    optimizer = make_optimizer(gpt, MUON)
+    theirs = torch.optim.AdamW(copies, lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = make_optimizer(gpt, replace(MUON, max_lr=0.1))
     for _ in range(3):
         gpt(random_ids(2, 8), random_ids(2, 8, seed=2))[1].backward()
         for parameter, copied in zip(others.values(), copies, strict=True):
@@ -148,27 +148,6 @@ def test_the_checkpoint_of_a_run_with_muon_has_the_same_logits_in_transformers(s
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
     with torch.no_grad():
         torch.testing.assert_close(load_gpt(directory)(ids)[0], theirs(ids).logits, rtol=0, atol=1e-4)
-
-
-SHARED = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-from common.muon import orthogonalized, shared_among_processes
-from common.processes import start_processes
-torch.manual_seed(0)
-with start_processes("cpu", timeout=60) as world:
-    for count in (1, 2, 5):
-        matrices = torch.randn(count, 16, 24)
-        torch.testing.assert_close(shared_among_processes(matrices), orthogonalized(matrices), rtol=0, atol=1e-2)
-    world.print("shared")
-"""
-
-
-def test_processes_that_share_the_matrices_have_all_of_their_updates(tmp_path):
-    (tmp_path / "shared.py").write_text(SHARED.format(root=str(ROOT)))
-    finished = run_script(tmp_path / "shared.py", processes=2)
-    assert finished.stdout == "shared\n", finished.stderr
 
 
 def test_two_processes_train_with_muon_as_one_does(make_shards, tmp_path):
