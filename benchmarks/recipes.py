@@ -38,8 +38,7 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class BenchmarkConfig:
     data_dir: str = FULL_DATA  # shards
-    out: str = "benchmarks/recipes.jsonl"  # file of the results
-    picture: str = "recipes.png"  # file of the curves
+    out: str = "benchmarks/recipes.jsonl"  # file of the results; the curves are drawn beside it
     tokens: Positive[int] = 2**21  # tokens of the shortest runs; the others have two and four times as many
     batch: Positive[int] = 8192  # tokens in an optimizer step
     vocabulary: Positive[int] = 8192  # tokens that are told apart: the most frequent, and one for all others
@@ -61,16 +60,12 @@ class Run:
     change: str = ""
 
 
-# The settings of each method, and the run with which its sweep begins
+# The settings of each method, with the learning rates at which its sweep begins
 METHODS = {
-    "AdamW, cosine": ({"schedule": "cosine"}, Run("AdamW, cosine", 1.2e-3, 0)),
-    "AdamW, linear": ({"schedule": "linear"}, Run("AdamW, linear", 1.2e-3, 0)),
-    "Muon": (
-        {"optimizer": "muon", "schedule": "linear", "weight_decay": 0.05},
-        Run("Muon", 3e-3, 0, muon_lr=0.02),
-    ),
+    "AdamW, cosine": {"schedule": "cosine", "max_lr": 1.2e-3},
+    "AdamW, linear": {"schedule": "linear", "max_lr": 1.2e-3},
+    "Muon": {"optimizer": "muon", "schedule": "linear", "weight_decay": 0.05, "max_lr": 3e-3, "muon_lr": 0.02},
 }
-
 
 # ---- what is changed in Muon's recipe --------------------------------------------------------------------------------
 
@@ -163,12 +158,11 @@ def train_config(config: BenchmarkConfig, training: Run, sizes: GPTConfig) -> Tr
         total_batch_size=config.batch,
         max_steps=steps,
         warmup_steps=max(1, steps // 20),
-        max_lr=training.max_lr,
-        muon_lr=training.muon_lr,
         val_tokens=2**17,
     )
-    of_method, _ = METHODS[training.method]
-    return fill_defaults(replace(settings, **of_method | CHANGED_SETTINGS.get(training.change, {})), CPU, sizes)
+    rates = {"max_lr": training.max_lr, "muon_lr": training.muon_lr}
+    changes = METHODS[training.method] | CHANGED_SETTINGS.get(training.change, {}) | rates
+    return fill_defaults(replace(settings, **changes), CPU, sizes)
 
 
 # ---- all runs --------------------------------------------------------------------------------------------------------
@@ -184,7 +178,8 @@ def read_results(path: Path) -> Results:
 
 def best(config: BenchmarkConfig, results: Results, method: str) -> Run:
     """The best of a method's sweep so far."""
-    first = replace(METHODS[method][1], tokens=config.tokens)
+    rates = METHODS[method]
+    first = Run(method, rates["max_lr"], config.tokens, rates.get("muon_lr", 0.0))
     swept = [r for r in results if r == replace(first, max_lr=r.max_lr, muon_lr=r.muon_lr)]
     return min(swept, key=lambda r: results[r]["val_loss"], default=first)
 
@@ -268,7 +263,7 @@ def report(config: BenchmarkConfig, results: Results) -> None:
         axes.plot(list(losses), list(losses.values()), marker=".", label=name)
     axes.set(xscale="log", xlabel="tokens of the run", ylabel="validation loss (nats per token)")
     axes.legend()
-    figure.savefig(config.picture)
+    figure.savefig(Path(config.out).with_suffix(".png"))
     print(json.dumps({name: asdict(r) | {"val_loss": curve(r, results)} for name, r in runs.items()}))
 
 
