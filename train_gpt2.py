@@ -38,6 +38,7 @@ from common.checkpoint import TrainingState
 from common.files import claim
 from common.huggingface import load_gpt, read_gpt
 from common.log import Clock, Log, Tracker
+from common.muon import Muon
 from common.processes import World, start_processes, stop_signals
 from common.reference import Comparison
 from common.script import DataError, UsageError
@@ -84,11 +85,18 @@ def read_batches(trainer: Trainer, shards: Shards) -> Iterator[Batch]:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up to max_lr, then a cosine to min_lr at max_steps, for the step that follows `step` steps."""
+    """The rate of the step that follows `step` steps: linear warm-up to max_lr, later a decay to min_lr at max_steps.
+
+    The decay is a cosine over all that follows the warm-up, or linear over the last decay_fraction of the run.
+    """
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + (config.max_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    decay_steps = config.max_steps - config.warmup_steps
+    if config.schedule == "linear":
+        decay_steps = min(decay_steps, config.decay_fraction * config.max_steps)
+    left = min(max(config.max_steps - step, 0) / max(1, decay_steps), 1.0)
+    above_min = left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    return config.min_lr + (config.max_lr - config.min_lr) * above_min
 
 
 def batch_tokens(config: TrainConfig, position: int) -> int:
@@ -103,12 +111,27 @@ def batch_tokens(config: TrainConfig, position: int) -> int:
 
 
 def make_optimizer(gpt: GPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, none on biases and norms."""
+    """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, none on biases and norms.
+
+    With --optimizer muon, the matrices of the blocks have Muon in its place, and they alone decay.
+    """
+    defaults = {"lr": config.max_lr, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
+    matrices = [p for p in gpt.parameters() if p.dim() >= 2]
+    others = {"params": [p for p in gpt.parameters() if p.dim() < 2], "weight_decay": 0.0}
+    if config.optimizer != "muon":
+        return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, others], **defaults)
+    blocks = gpt.transformer.h
+    embeddings = [gpt.transformer.wte.weight, gpt.transformer.wpe.weight]
+    settings = {"lr": config.muon_lr, "weight_decay": config.weight_decay, "momentum": 0.95}
     groups = [
-        {"params": [p for p in gpt.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in gpt.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": embeddings, "weight_decay": 0.0},
+        others,
+        {"params": [block.attn.c_attn.weight for block in blocks], "parts": 3, **settings},  # query, key and value
+        {"params": [block.attn.c_proj.weight for block in blocks], "parts": 1, **settings},
+        {"params": [block.mlp.c_fc.weight for block in blocks], "parts": 1, **settings},
+        {"params": [block.mlp.c_proj.weight for block in blocks], "parts": 1, **settings},
     ]
-    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
+    return Muon(groups, **defaults)
 
 
 @dataclass
@@ -265,6 +288,25 @@ def write_samples(trainer: Trainer, prompt: str) -> dict[str, float]:
     return {}
 
 
+@torch.no_grad()
+def largest_attention_logit(trainer: Trainer, val: Shard) -> dict[str, float]:
+    """The largest of any layer and head on the val shard's first row; where it keeps growing, training may diverge."""
+    gpt, logits = trainer.state.gpt, []
+
+    def record(module: nn.Module, inputs: tuple, projections: Tensor) -> None:
+        q, k, _ = projections.unflatten(2, (3, gpt.config.n_head, -1)).unbind(2)  # (1, T, H, D)
+        products = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()).tril()  # (1, H, T, T)
+        logits.append(float(products.max()) / math.sqrt(q.shape[-1]))
+
+    hooks = [block.attn.c_attn.register_forward_hook(record) for block in gpt.transformer.h]
+    row = torch.from_numpy(val.read(0, trainer.config.block_size).astype(np.int64))[None]  # (1, T)
+    with trainer.autocast():
+        gpt.hidden(row.to(trainer.world.device))
+    for hook in hooks:
+        hook.remove()
+    return {"attention_logit": max(logits)}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Something that is evaluated now and then."""
@@ -278,6 +320,7 @@ class Evaluation:
 EVALUATIONS = (
     Evaluation("validation", "eval_every", lambda config, world, shards: shards.val, validation_loss),
     Evaluation("HellaSwag", "hellaswag_every", load_hellaswag, score_hellaswag),
+    Evaluation("attention", "attention_every", lambda config, world, shards: shards.val, largest_attention_logit),
     Evaluation("samples", "sample_every", lambda config, world, shards: sample.PROMPT, write_samples),
 )
 

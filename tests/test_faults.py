@@ -300,9 +300,9 @@ def kill_at_random(process, out_dir, generator, while_saving):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_20_kills_at_random_moments_end_in_the_uninterrupted_runs_parameters(shards, tmp_path, processes):
-    settings = {"max_steps": 400, "eval_every": 20}
+@pytest.mark.parametrize(("processes", "optimizer"), [(1, "adamw"), (2, "muon")])
+def test_20_kills_at_random_moments_end_in_the_uninterrupted_runs_parameters(shards, tmp_path, processes, optimizer):
+    settings = {"max_steps": 400, "eval_every": 20, "optimizer": optimizer}
     directory = run_whole(tmp_path, processes=0 if processes == 1 else 2, save_every=0, **settings)
     launcher = [sys.executable] if processes == 1 else TORCHRUN
     generator, hits = random.Random(processes), 0

@@ -25,7 +25,7 @@ from common import script
 from common.huggingface import save_gpt
 from common.script import DataError, UsageError
 from common.tokenizer import END_OF_TEXT, encode
-from recipes import RECIPES, TrainConfig, parse_config
+from recipes import RECIPES, TrainConfig, parse_config, recipe
 
 CONFIGS = {
     "fineweb.py": fineweb.FinewebConfig,
@@ -141,7 +141,7 @@ def test_help_shows_every_field_with_its_meaning_and_default(run_here, name):
     status, printed, _ = run_here(name, "--help")
     shown = described_flags(printed)
     documented = documented_fields(CONFIGS[name])
-    defaults = RECIPES["debug"] if name == "train_gpt2.py" else CONFIGS[name]()
+    defaults = recipe("debug", None) if name == "train_gpt2.py" else CONFIGS[name]()
     assert status == 0
     assert [*shown] == [*documented] == [field.name for field in dataclasses.fields(CONFIGS[name])]
     for field, text in documented.items():
@@ -153,7 +153,7 @@ def test_help_shows_every_field_with_its_meaning_and_default(run_here, name):
 def test_help_shows_the_defaults_of_the_size_that_is_asked_for(run_here, model):
     _, printed, _ = run_here("train_gpt2.py", "--model", model, "--help")
     shown = described_flags(printed)
-    for field, value in vars(RECIPES[model]).items():
+    for field, value in vars(recipe(model, None)).items():
         assert f"(default: {value})" in shown[field]
 
 
@@ -189,7 +189,7 @@ def test_a_flag_like_no_other_points_to_help(run_here):
 @pytest.mark.parametrize("flags", [["--batch_size", "3"], ["--batch-size", "3"], ["--batch_size=3"]])
 def test_flags_may_be_typed_with_underscores_or_hyphens(flags):
     assert parse_config(["--device", "cpu", *flags], None) == dataclasses.replace(
-        RECIPES["debug"], device="cpu", batch_size=3
+        recipe("debug", None), device="cpu", batch_size=3
     )
 
 

@@ -560,7 +560,8 @@ def test_a_model_that_cannot_be_trained_on_is_refused(shards, tmp_path, flags, v
 def test_a_larger_models_recipe_is_taken_for_its_weights(tmp_path):
     save_gpt(GPT(GPTConfig(block_size=32, n_layer=3, n_head=2, n_embd=16)), tmp_path / "deeper")
     config = parse_config(["--init_from", "deeper"], None)
-    assert config == replace(RECIPES["gpt2"], init_from="deeper", max_lr=RECIPES["gpt2"].max_lr / 10)
+    whole = RECIPES["gpt2"]
+    assert config == replace(whole, init_from="deeper", max_lr=whole.max_lr / 10, muon_lr=whole.muon_lr / 10)
 
 
 def test_missing_and_damaged_shards_are_named(shards, tmp_path):
