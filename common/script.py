@@ -185,12 +185,9 @@ class Output:
     def attempt(self, action: Callable[..., object], *args: str) -> None:
         try:
             action(*args)
-        except BrokenPipeError:
-            if not self.spare:
-                raise
         except OSError as error:
             if not self.spare:
-                raise OSError(f"the output cannot be written: {error}") from None
+                raise type(error)(f"the output cannot be written: {error}") from None
 
 
 def escape(text: str) -> str:

@@ -273,8 +273,9 @@ MISTAKES = [
 @pytest.mark.parametrize(("status", "words", "name", "flags"), [(s, w, n, flags) for s, w, n, *flags in MISTAKES])
 def test_a_mistake_ends_in_its_status_and_one_line(run_here, places, tmp_path, status, words, name, flags):
     before = sorted(tmp_path.rglob("*"))
-    actual, _, error = run_here(name, *flags)
+    actual, printed, error = run_here(name, *flags)
     assert actual == status and words in error, error
+    assert name == "fineweb.py" or not printed
     assert error.startswith(f"{name}: error: ") and len(error.strip().splitlines()) == 1, error
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -361,7 +362,8 @@ def run_redirected(redirection, script, *flags):
         str(ROOT / script),
         *flags,
     ]
-    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, env=buffered)
 
 
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux alone has a device that is full")
