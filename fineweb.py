@@ -34,7 +34,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from common import hub, shards
-from common.files import lock, sha256
+from common.files import lock, make_directory, sha256
 from common.script import DataError, Positive, UsageError, check_settings, escape, parse_flags, progress_bar, run
 from common.tokenizer import END_OF_TEXT, VOCABULARY, encoding, utf8
 
@@ -432,8 +432,8 @@ def build(config: FinewebConfig) -> dict:
     if config.input:
         config = replace(config, input=tuple(list_local(config.input)))
     identity = source_identity(config)
+    make_directory(config.directory)
     try:
-        config.directory.mkdir(parents=True, exist_ok=True)
         with lock(config.directory / ".lock"):
             manifest = open_manifest(config, identity)
             if not manifest["complete"]:

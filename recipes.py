@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import torch
 
 from common import checkpoint, script
+from common.device import choose_device
 from common.huggingface import read_config
 from common.script import Positive, UsageError, Value
 from common.shards import FULL_DATA, SAMPLE_DATA, load_manifest
@@ -135,7 +136,7 @@ def default_config(flags: TrainConfig) -> TrainConfig:
         as_large = (name for name, p in PRESETS.items() if p.n_layer >= sizes.n_layer and p.n_embd >= sizes.n_embd)
         whole = recipe(next(as_large, "gpt2-xl"), flags.optimizer or "adamw")
         return replace(whole, max_lr=whole.max_lr / 10, muon_lr=whole.muon_lr / 10)  # the weights are good already
-    return recipe(flags.model or default_model(script.choose_device(flags.device)), flags.optimizer)
+    return recipe(flags.model or default_model(choose_device(flags.device)), flags.optimizer)
 
 
 def recipe(model: str, optimizer: str | None) -> TrainConfig:

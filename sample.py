@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import locate
+from common.device import choose_device
 from common.huggingface import load_gpt, require_gpt2_vocabulary
-from common.script import DataError, Positive, UsageError, check_settings, choose_device, parse_flags, run
+from common.script import DataError, Positive, UsageError, check_settings, parse_flags, run
 from common.tokenizer import END_OF_TEXT, decode_stream, encode
 from model import GPT
 

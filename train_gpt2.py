@@ -35,6 +35,7 @@ import sample
 from common import checkpoint, script
 from common.batches import Batch, Batches
 from common.checkpoint import TrainingState
+from common.device import device_name, explain_out_of_memory, keep_freed_memory, peak_flops
 from common.files import claim
 from common.huggingface import load_gpt, read_gpt
 from common.log import Clock, Log, Tracker
@@ -151,7 +152,7 @@ class Trainer:
 def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     """Put the network on the device, and wrap it for speed and for several processes."""
     if world.device.type == "cpu":
-        script.keep_freed_memory()
+        keep_freed_memory()
     gpt = gpt.to(world.device)
     model = torch.compile(gpt, fullgraph=True, dynamic=False) if config.compile else gpt
     if world.size > 1:
@@ -431,7 +432,7 @@ def print_summary(trainer: Trainer, shards: Shards) -> None:
     ramp = f", from {config.initial_batch_size:,} at first" if config.batch_ramp_tokens else ""
     unigram = "n/a" if shards.unigram_loss is None else f"{shards.unigram_loss:.4f}"
     world.print(
-        f"model {config.init_from or config.model} on {world.size} x {script.device_name(world.device)}, "
+        f"model {config.init_from or config.model} on {world.size} x {device_name(world.device)}, "
         f"{config.dtype}, compile {config.compile} (choose with --model or --init_from, --device, --dtype, --compile)\n"
         f"data {config.data_dir} (choose with --data_dir): {sum(map(len, shards.train)):,} train tokens, "
         f"{len(shards.val):,} val tokens, unigram loss {unigram}\n"
@@ -456,7 +457,7 @@ def log_step(trainer: Trainer, log: Log, batch: Batch, loss: float, norm: float,
     """Log the last optimizer step."""
     config, state = trainer.config, trainer.state
     tokens = batch.micro_batches[..., 1:].numel() * trainer.world.size
-    rate, peak = tokens / seconds, script.peak_flops(trainer.world.device)
+    rate, peak = tokens / seconds, peak_flops(trainer.world.device)
     mfu = rate * flops_per_token(state.gpt) / (peak * trainer.world.size) if peak else None
     lr = state.optimizer.param_groups[0]["lr"]
     left = timedelta(seconds=round(seconds * (config.max_steps - state.step)))
@@ -553,7 +554,7 @@ def train(config: TrainConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with script.explain_out_of_memory("--batch_size"):
+    with explain_out_of_memory("--batch_size"):
         train(recipes.parse_config(argv, __doc__))
 
 

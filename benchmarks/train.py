@@ -37,16 +37,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
 from common.batches import rank_slice
+from common.device import choose_device, device_name, explain_out_of_memory, keep_freed_memory
 from common.huggingface import huggingface_config
 from common.processes import World, start_processes
 from common.script import (
     DataError,
     Positive,
     check_settings,
-    choose_device,
-    device_name,
-    explain_out_of_memory,
-    keep_freed_memory,
     parse_flags,
     run,
 )
