@@ -24,13 +24,14 @@ import numpy as np
 import torch
 
 import train_gpt2
+from common.batches import Batches
 from common.processes import World
 from common.script import Positive, check_settings, parse_flags, run
 from common.shards import FULL_DATA, Shard, open_shards
 from common.tokenizer import N_TOKENS
 from model import GPT, GPTConfig
 from recipes import TrainConfig, fill_defaults
-from train_gpt2 import Batches, Trainer
+from train_gpt2 import Trainer
 
 CPU = torch.device("cpu")
 
@@ -134,13 +135,14 @@ def train(config: BenchmarkConfig, training: Run) -> dict:
     settings = train_config(config, training, sizes)
     trainer = train_gpt2.make_trainer(settings, World(0, 1, CPU), GPT(sizes))
     train_shard, val_shard = remapped_shards(config.data_dir, config.vocabulary)
-    batches = Batches([train_shard], config.block_size, training.seed, shuffle=True)
+    rows = Batches([train_shard], config.block_size, training.seed, shuffle=True)
+    batches = rows.read(0, settings.batch_size, lambda position: config.batch, trainer.world)
     losses, seconds, state = [], [], trainer.state
     while state.step < settings.max_steps:
         BEFORE_EACH_STEP.get(training.change, lambda trainer: None)(trainer)
-        rows, state.position = batches.at(state.position, config.batch)
+        micro_batches = next(batches).micro_batches
         began = time.process_time()
-        losses.append(train_gpt2.training_step(trainer, rows)[0])
+        losses.append(train_gpt2.training_step(trainer, micro_batches)[0])
         seconds.append(time.process_time() - began)
     return asdict(training) | {
         "val_loss": round(train_gpt2.validation_loss(trainer, val_shard)["val_loss"], 4),
