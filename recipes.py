@@ -114,6 +114,7 @@ MUON_RECIPES = {size: replace(recipe, **MUON) for size, recipe in RECIPES.items(
         RECIPES["debug"],
         optimizer="muon",
         schedule="linear",
+        batch_size=2,
         total_batch_size=1024,
         shuffle=True,
         max_steps=360,
