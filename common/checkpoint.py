@@ -23,6 +23,7 @@ from common.files import MANIFEST, atomic_write, changed_files, flush, read_json
 from common.huggingface import load_tensors, save_gpt, save_tensors
 from common.processes import World
 from common.script import DataError, UsageError
+from common.sharding import divide_like, gather, gather_gpt
 from common.tokenizer import save_tokenizer
 
 NEEDED = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json")  # to resume
@@ -59,42 +60,61 @@ def locate(source: str) -> str:
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(out_dir: Path, state: TrainingState, record: dict, card: str) -> None:
-    """Write a checkpoint that is either complete or absent; raises OSError if the disk does not take it."""
-    temporary = out_dir / ".checkpoint.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        write_checkpoint(temporary, state, record, card)
-        os.replace(temporary, out_dir / f"step_{state.step:06d}")
-        flush(out_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds of a run's state, whole on the main process."""
+
+    gpt: nn.Module
+    tensors: dict[str, Tensor]  # the optimizer's and the random generators'
+    record: dict  # for trainer.json
 
 
-def write_checkpoint(directory: Path, state: TrainingState, record: dict, card: str) -> None:
-    """Write a checkpoint's files, the manifest of their hashes last; `record` is added to trainer.json."""
-    directory.mkdir()
-    tensors, numbers = optimizer_state(state)
-    device = state.gpt.lm_head.weight.device
+def take_snapshot(state: TrainingState, world: World) -> Snapshot:
+    """The state to save, which all processes gather; what was divided among them is on the main one's CPU."""
+    destination = torch.device("cpu" if world.is_main else "meta")
+    gpt = gather_gpt(state.gpt, destination)  # first: it leaves in the network the parameters that the optimizer has
+    optimizer = {name: gather(value, destination) for name, value in optimizer_state(state).items()}
+    tensors = {name: value.contiguous() for name, value in optimizer.items() if isinstance(value, Tensor)}
     tensors["random.cpu"] = torch.get_rng_state()
-    if device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    record = record | {
+    if world.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(world.device)
+    record = {
         "step": state.step,
         "tokens": state.tokens,
         "position": state.position,
         "skipped": [state.skipped, state.skipped_in_a_row],
         "scores": state.scores,
         "scaler": state.scaler.state_dict(),
-        "optimizer": numbers,
+        "optimizer": {name: value for name, value in optimizer.items() if name not in tensors},
         "param_groups": state.optimizer.state_dict()["param_groups"],
         "versions": versions(),
     }
+    return Snapshot(gpt, tensors, record)
+
+
+def save_checkpoint(out_dir: Path, snapshot: Snapshot, record: dict, card: str) -> None:
+    """Write a checkpoint that is either complete or absent; raises OSError if the disk does not take it.
+
+    `record` is added to trainer.json.
+    """
+    temporary = out_dir / ".checkpoint.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_checkpoint(temporary, snapshot, record, card)
+        os.replace(temporary, out_dir / f"step_{snapshot.record['step']:06d}")
+        flush(out_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_checkpoint(directory: Path, snapshot: Snapshot, record: dict, card: str) -> None:
+    """Write a checkpoint's files, the manifest of their hashes last."""
+    directory.mkdir()
     with ThreadPoolExecutor() as threads:  # both files take as long as the disk does
-        writing = threads.submit(save_tensors, tensors, directory / "optimizer.safetensors")
-        save_gpt(state.gpt, directory)
-        save_tokenizer(directory, state.gpt.config.block_size)
-        write_json(directory / "trainer.json", record)
+        writing = threads.submit(save_tensors, snapshot.tensors, directory / "optimizer.safetensors")
+        save_gpt(snapshot.gpt, directory)
+        save_tokenizer(directory, snapshot.gpt.config.block_size)
+        write_json(directory / "trainer.json", record | snapshot.record)
         with atomic_write(directory / "README.md") as temporary:
             temporary.write_text(card, encoding="utf-8")
         writing.result()
@@ -103,16 +123,15 @@ def write_checkpoint(directory: Path, state: TrainingState, record: dict, card: 
     write_json(directory / MANIFEST, hashes)
 
 
-def optimizer_state(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, float]]:
+def optimizer_state(state: TrainingState) -> dict[str, Tensor | float]:
     """The optimizer's tensors and numbers, each as KEY.PARAMETER; whatever keys an optimizer has."""
-    tensors, numbers = {}, {}
+    values = {}
     names = parameter_names(state)
     for index, entries in state.optimizer.state_dict()["state"].items():
         for key, value in entries.items():
             assert "." not in key and isinstance(value, Tensor | int | float), f"{key} cannot be saved"
-            kind = tensors if isinstance(value, Tensor) else numbers
-            kind[f"{key}.{names[index]}"] = value.contiguous() if isinstance(value, Tensor) else value
-    return tensors, numbers
+            values[f"{key}.{names[index]}"] = value
+    return values
 
 
 def parameter_names(state: TrainingState) -> list[str]:
@@ -239,13 +258,14 @@ def restore(state: TrainingState, directory: Path, record: dict) -> None:
     cuda = tensors.pop("random.cuda", None)
     if cuda is not None and device.type == "cuda":
         torch.cuda.set_rng_state(cuda, device)
+    parameters = dict(state.gpt.named_parameters())
     indices = {name: index for index, name in enumerate(parameter_names(state))}
     entries: dict[int, dict] = {}
     for full_name, value in (tensors | record.get("optimizer", {})).items():
         key, name = full_name.split(".", 1)
         if name not in indices:
             raise DataError(f"{directory} holds an optimizer state of {name}, which the model does not have")
-        entries.setdefault(indices[name], {})[key] = value
+        entries.setdefault(indices[name], {})[key] = divide_like(value, parameters[name])
     groups = record.get("param_groups") or state.optimizer.state_dict()["param_groups"]
     try:
         state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
