@@ -152,8 +152,7 @@ def wrap(config: TrainConfig, world: World, gpt: GPT) -> nn.Module:
     """Put the network on the device, and wrap it for speed, for memory and for several processes."""
     compiled = partial(torch.compile, fullgraph=True, dynamic=False, disable=not config.compile)
     if config.activation_checkpointing:
-        for block in gpt.transformer.h:
-            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+        recompute_blocks(gpt)
     if config.shard and world.size > 1:
         for block in gpt.transformer.h:  # one by one: between them, weights are gathered
             block.forward = compiled(block.forward)
@@ -162,6 +161,12 @@ def wrap(config: TrainConfig, world: World, gpt: GPT) -> nn.Module:
         return gpt
     model = compiled(gpt.to(world.device))
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+
+
+def recompute_blocks(gpt: GPT) -> None:
+    """Let each block keep its input alone for the backward pass, which computes the rest again."""
+    for block in gpt.transformer.h:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
 
 def training_step(trainer: Trainer, micro_batches: Tensor) -> tuple[float, float]:

@@ -7,10 +7,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import GPT
+
+# torch.distributed.fsdp and .tensor take a second to import, which scripts that divide nothing need not wait
 
 Value = TypeVar("Value")
 
@@ -20,10 +20,16 @@ def shard(gpt: GPT) -> None:
 
     Each process calls this with the same weights, on the CPU.
     """
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # the logits, which stay as they are
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # logits, never changed in place
     for block in gpt.transformer.h:
         fully_shard(block)
-    fully_shard(gpt)  # the rest, of which the embedding is needed at both ends
+    fully_shard(gpt)  # the rest: the embedding is needed at both ends
+
+
+def is_divided(value: object) -> bool:
+    return hasattr(value, "full_tensor")  # a DTensor
 
 
 def gather(value: Value, device: torch.device) -> Value:
@@ -31,23 +37,25 @@ def gather(value: Value, device: torch.device) -> Value:
 
     All processes call this.
     """
-    return value.full_tensor().to(device) if isinstance(value, DTensor) else value
+    return value.full_tensor().to(device) if is_divided(value) else value
 
 
 def gather_gpt(gpt: GPT, device: torch.device) -> GPT:
     """A whole copy, on a device, of a network that is divided; any other network itself. All processes call this."""
-    if not isinstance(gpt, FSDPModule):
+    weights = gpt.state_dict()
+    if not is_divided(weights["lm_head.weight"]):
         return gpt
     with torch.device("meta"):
         whole = GPT(gpt.config)
-    weights = {name: gather(weight, device) for name, weight in gpt.state_dict().items()}
-    whole.load_state_dict(weights, assign=True)
+    whole.load_state_dict({name: gather(weight, device) for name, weight in weights.items()}, assign=True)
     whole.lm_head.weight = whole.transformer.wte.weight  # assigning unties them
     return whole
 
 
 def divide_like(value: Value, parameter: Tensor) -> Value:
     """A whole tensor divided as a parameter is, where it has a number for each of its elements; any other as it is."""
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    if not is_divided(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
