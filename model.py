@@ -178,7 +178,11 @@ class GPT(nn.Module):
 
         Targets of -100 are left out of the mean. Raises ValueError for more than block_size tokens.
         """
-        logits = self.logits(self.hidden(idx))  # (B, T, V)
+        return self.logits_and_loss(self.hidden(idx), targets)
+
+    def logits_and_loss(self, hidden: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What `forward` returns, from hidden states (B, T, C)."""
+        logits = self.logits(hidden)  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())

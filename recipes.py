@@ -71,6 +71,8 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
     dtype: Dtype = "auto"  # of autocast; auto: bfloat16, or without it float16 on CUDA, else float32
     attention: AttentionBackend = "auto"  # the backend of scaled_dot_product_attention; auto: torch's own choice
+    shard: bool = False  # divide weights, gradients and moments among the processes (FSDP), which saves memory
+    activation_checkpointing: bool = False  # keep the input of each block alone, and compute the rest again: saves more
     compile: bool | None = None  # compile the model; None: on a CUDA device
 
 

@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import fineweb
 import hellaswag
@@ -34,7 +36,7 @@ import recipes
 import sample
 from common import checkpoint, script
 from common.batches import Batch, Batches
-from common.checkpoint import TrainingState
+from common.checkpoint import Snapshot, TrainingState
 from common.device import device_name, explain_out_of_memory, keep_freed_memory, peak_flops
 from common.files import claim
 from common.huggingface import load_gpt, read_gpt
@@ -43,6 +45,7 @@ from common.muon import Muon
 from common.processes import World, start_processes, stop_signals
 from common.reference import Comparison
 from common.script import DataError, UsageError
+from common.sharding import gather, gather_gpt, shard
 from common.shards import SAMPLE_DATA, Shard, Shards, load_manifest, open_shards
 from common.tokenizer import END_OF_TEXT, decode, encode
 from model import GPT, GPTConfig
@@ -148,15 +151,19 @@ class Trainer:
         dtype = DTYPES[self.config.dtype]
         return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
+    def reduce_gradients(self, enabled: bool) -> None:
+        """Whether the next backward pass adds up the gradients of all processes."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(enabled)
+        else:
+            self.model.require_backward_grad_sync = enabled  # read by DDP in the forward pass
+
 
 def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
-    """Put the network on the device, and wrap it for speed and for several processes."""
+    """Put the network on the device, wrapped, and give it an optimizer."""
     if world.device.type == "cpu":
         keep_freed_memory()
-    gpt = gpt.to(world.device)
-    model = torch.compile(gpt, fullgraph=True, dynamic=False) if config.compile else gpt
-    if world.size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model = wrap(config, world, gpt)
     optimizer = make_optimizer(gpt, config)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # the schedule scales each group's own
@@ -164,6 +171,27 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     assert sorted(grouped) == sorted(map(id, gpt.parameters())), "every parameter belongs in exactly one group"
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
     return Trainer(config, world, TrainingState(gpt, optimizer, scaler), model)
+
+
+def wrap(config: TrainConfig, world: World, gpt: GPT) -> nn.Module:
+    """Put the network on the device, and wrap it for speed, for memory and for several processes."""
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False, disable=not config.compile)
+    if config.activation_checkpointing:
+        recompute_blocks(gpt)
+    if config.shard and world.size > 1:
+        for block in gpt.transformer.h:  # one by one: between them, weights are gathered
+            block.forward = compiled(block.forward)
+        gpt.logits_and_loss = compiled(gpt.logits_and_loss)
+        shard(gpt)
+        return gpt
+    model = compiled(gpt.to(world.device))
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+
+
+def recompute_blocks(gpt: GPT) -> None:
+    """Let each block keep its input alone for the backward pass, which computes the rest again."""
+    for block in gpt.transformer.h:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
 
 def training_step(trainer: Trainer, micro_batches: Tensor) -> tuple[float, float]:
@@ -178,7 +206,8 @@ def training_step(trainer: Trainer, micro_batches: Tensor) -> tuple[float, float
     loss = accumulate_gradients(trainer, micro_batches.to(world.device))
     loss = float(world.sum(loss) / world.size)
     state.scaler.unscale_(state.optimizer)
-    norm = float(nn.utils.clip_grad_norm_(state.gpt.parameters(), config.grad_clip or math.inf))
+    norm = nn.utils.clip_grad_norm_(state.gpt.parameters(), config.grad_clip or math.inf)
+    norm = float(gather(norm, world.device))
     if world.any_rank(not math.isfinite(loss) or not math.isfinite(norm)):
         state.skipped += 1
         state.skipped_in_a_row += 1
@@ -196,8 +225,7 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Tensor) -> Tensor:
     """Leave the gradient of the mean loss of micro-batches (N, B, T + 1) in the parameters; returns that loss."""
     loss = torch.zeros((), device=trainer.world.device)
     for number, micro_batch in enumerate(micro_batches):
-        # read by DDP in the forward pass: reduce the gradients once, with the last micro-batch
-        trainer.model.require_backward_grad_sync = number == len(micro_batches) - 1
+        trainer.reduce_gradients(number == len(micro_batches) - 1)
         with trainer.autocast():
             _, mean = trainer.model(micro_batch[:, :-1], micro_batch[:, 1:])
         trainer.state.scaler.scale(mean / len(micro_batches)).backward()
@@ -235,14 +263,14 @@ def validation_loss(trainer: Trainer, val: Shard) -> dict[str, float]:
     tokens = torch.from_numpy(val.read(0, count * T + 1).astype(np.int64))
     rows = tokens.unfold(0, T + 1, T)[world.rank :: world.size]  # (N, T + 1), this rank's
     total = torch.zeros((), dtype=torch.float64)
-    for start in range(0, len(rows), B):
+    for start in range(0, math.ceil(count / world.size), B):  # as often on each rank, since all gather the weights
         batch = rows[start : start + B]
         missing = (0, 0, 0, B - len(batch))  # filled up, so that a compiled model sees one shape
         x = F.pad(batch[:, :-1], missing).to(world.device)  # (B, T)
         y = F.pad(batch[:, 1:], missing, value=-100).to(world.device)  # (B, T); -100 does not count
         with trainer.autocast():
             _, loss = trainer.model(x, y)
-        total += float(loss) * len(batch)
+        total += float(loss) * len(batch) if len(batch) else 0.0
     return {"val_loss": float(world.sum(total)) / count}
 
 
@@ -264,9 +292,10 @@ def score_hellaswag(trainer: Trainer, questions: list[hellaswag.Question]) -> di
     """The accuracies by their names, over the questions of all processes."""
     world, error = trainer.world, None
     correct = torch.zeros(2, 2, dtype=torch.long)
+    gpt = gather_gpt(trainer.state.gpt, world.device)
     with trainer.autocast(), attention_backend(trainer.config, world.device, masked=True):
         try:
-            correct = hellaswag.count_correct(trainer.state.gpt, questions, progress=world.is_main)
+            correct = hellaswag.count_correct(gpt, questions, progress=world.is_main)
         except FloatingPointError as reason:
             error = reason
     if world.any_rank(error is not None):
@@ -278,11 +307,12 @@ def score_hellaswag(trainer: Trainer, questions: list[hellaswag.Question]) -> di
 def write_samples(trainer: Trainer, prompt: str) -> dict[str, float]:
     """Print four texts by the model as it is now, sampled as one batch."""
     state, device = trainer.state, trainer.world.device
+    gpt = gather_gpt(state.gpt, device if trainer.world.is_main else torch.device("meta"))
     if trainer.world.is_main:
         idx = torch.tensor([encode(prompt)] * 4, device=device)  # (B, T)
         generator = torch.Generator(device).manual_seed(trainer.config.seed)
         with trainer.autocast():
-            tokens = state.gpt.generate(idx, max_new_tokens=32, top_k=50, generator=generator)
+            tokens = gpt.generate(idx, max_new_tokens=32, top_k=50, generator=generator)
         for row in tokens.tolist():
             text = decode(list(itertools.takewhile(lambda token: token != END_OF_TEXT, row)))
             trainer.world.print(f"step {state.step:5d} | {text!r}")
@@ -405,7 +435,13 @@ def open_log(trainer: Trainer, shards: Shards, clock: Clock) -> Log:
 
 
 def save(trainer: Trainer, log: Log, shards: Shards, last: bool) -> None:
-    """Save a checkpoint; a failed write ends the run only if no later save will follow."""
+    """Save a checkpoint, which the main process writes."""
+    snapshot = checkpoint.take_snapshot(trainer.state, trainer.world)
+    trainer.world.on_main(lambda: write_checkpoint(trainer, snapshot, log, shards, last))
+
+
+def write_checkpoint(trainer: Trainer, snapshot: Snapshot, log: Log, shards: Shards, last: bool) -> None:
+    """Write a checkpoint; a failed write ends the run only if no later save will follow."""
     config, state, out_dir = trainer.config, trainer.state, Path(trainer.config.out_dir)
     log.flush()
     record = {"config": asdict(config), "data": shards.identity}
@@ -413,7 +449,7 @@ def save(trainer: Trainer, log: Log, shards: Shards, last: bool) -> None:
         state, config.init_from, config.max_steps, shards.source or {"shards": config.data_dir}
     )
     try:
-        checkpoint.save_checkpoint(out_dir, state, record, card)
+        checkpoint.save_checkpoint(out_dir, snapshot, record, card)
     except OSError as error:
         if last:
             raise DataError(f"step {state.step} could not be saved: {error}; make room, and add --resume") from None
@@ -540,7 +576,7 @@ def train(config: TrainConfig) -> None:
             due = is_due(config.save_every, state.step) or is_due(config.milestone_every, state.step)
             if state.step > first_step and (finished or stopping or due):
                 with clock.measure("saving"):
-                    world.on_main(lambda last=finished or stopping: save(trainer, log, shards, last))
+                    save(trainer, log, shards, last=finished or stopping)
             if finished or stopping:
                 break
             with clock.measure("steps"):

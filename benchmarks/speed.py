@@ -165,10 +165,9 @@ def seconds_once(config: TrainConfig, world: World, tokens: Shard, directory: Pa
 
 
 def save(trainer: Trainer, directory: Path) -> None:
-    state, config = trainer.state, trainer.config
+    snapshot = checkpoint.take_snapshot(trainer.state, trainer.world)
     if trainer.world.is_main:
-        card = checkpoint.model_card(state, config.init_from, config.max_steps, {"shards": "none"})
-        checkpoint.save_checkpoint(directory, state, {"config": asdict(config), "data": []}, card)
+        checkpoint.save_checkpoint(directory, snapshot, {"config": asdict(trainer.config), "data": []}, card="")
 
 
 def run_hours(config: TrainConfig, seconds: dict[str, float]) -> dict[str, float]:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.sharding import divide_like, gather
+
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) in the groups that have a `momentum`, AdamW in the others.
@@ -28,13 +30,14 @@ class Muon(torch.optim.AdamW):
         self.param_groups = groups
 
     def update_matrices(self, group: dict[str, Any]) -> None:
-        averaged = torch.stack([self.averaged_gradient(p, group["momentum"]) for p in group["params"]])  # (N, out, in)
+        gradients = [gather(self.averaged_gradient(p, group["momentum"]), p.device) for p in group["params"]]
+        averaged = torch.stack(gradients)  # (N, out, in)
         matrices = averaged.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (N parts, out / parts, in)
         updates = shared_among_processes(matrices).view(averaged.shape)
         scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))
         for parameter, update in zip(group["params"], updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-group["lr"] * scale)
+            parameter.add_(divide_like(update, parameter), alpha=-group["lr"] * scale)
 
     def averaged_gradient(self, parameter: Tensor, momentum: float) -> Tensor:
         """The gradient with Nesterov's momentum."""

@@ -23,6 +23,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 RESTARTS = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as in the README's command
 SETTINGS = {"total_batch_size": 64, "max_lr": 3e-3, "save_every": 10}
+with_and_without_shard = pytest.mark.parametrize("shard", [False, True], ids=["whole", "shard"])
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ accumulate = train_gpt2.accumulate_gradients
 def poisoned(trainer, micro_batches):
     loss = accumulate(trainer, micro_batches)
     if os.environ["RANK"] == "1" and trainer.state.step == 2:
-        trainer.state.gpt.lm_head.weight.grad[0, 0] = float("nan")
+        trainer.state.gpt.lm_head.weight.grad.mul_(float("nan"))
     return loss
 train_gpt2.accumulate_gradients = poisoned
 train_gpt2.script.run(train_gpt2.main)
@@ -199,9 +200,10 @@ train_gpt2.script.run(train_gpt2.main)
 
 
 @pytest.mark.slow
-def test_nan_in_one_processs_gradient_is_skipped_by_all(shards, tmp_path):
+@with_and_without_shard
+def test_nan_in_one_processs_gradient_is_skipped_by_all(shards, tmp_path, shard):
     (tmp_path / "poisoned.py").write_text(POISONED.format(root=str(ROOT)))
-    finished = run_script(tmp_path / "poisoned.py", *flags(max_steps=6), processes=2)
+    finished = run_script(tmp_path / "poisoned.py", *flags(max_steps=6, shard=shard), processes=2)
     assert finished.returncode == 0, finished.stderr
     assert logged(tmp_path / "log", "skipped") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
     assert all(loss is not None for loss in logged(tmp_path / "log").values())
@@ -226,21 +228,23 @@ def test_a_signal_ends_the_run_after_a_step_that_is_saved(shards, tmp_path, kind
 
 
 @pytest.mark.slow
-def test_a_signal_to_torchrun_stops_all_processes_together(shards, tmp_path):
-    directory = run_whole(tmp_path, processes=2, max_steps=40)
-    process = start(TORCHRUN, max_steps=40, save_every=0)
+@with_and_without_shard
+def test_a_signal_to_torchrun_stops_all_processes_together(shards, tmp_path, shard):
+    directory = run_whole(tmp_path, processes=2, max_steps=40, shard=shard)
+    process = start(TORCHRUN, max_steps=40, save_every=0, shard=shard)
     wait_until(lambda: 5 in logged(tmp_path / "log"))
     process.terminate()
     process.wait(60)
     assert "stopped by a signal" in (tmp_path / "out").read_text()
-    assert start(TORCHRUN, max_steps=40, resume=True).wait(120) == 0
+    assert start(TORCHRUN, max_steps=40, resume=True, shard=shard).wait(120) == 0
     assert_same_end(directory, tmp_path / "log", 40)
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_by_itself_with_resume_in_the_command_of_the_readme(shards, tmp_path):
-    directory = run_whole(tmp_path, processes=2, max_steps=60)
-    process = start([*TORCHRUN, "--max_restarts=3"], RESTARTS, max_steps=60, resume=True)
+@with_and_without_shard
+def test_torchrun_goes_on_by_itself_with_resume_in_the_command_of_the_readme(shards, tmp_path, shard):
+    directory = run_whole(tmp_path, processes=2, max_steps=60, shard=shard)
+    process = start([*TORCHRUN, "--max_restarts=3"], RESTARTS, max_steps=60, resume=True, shard=shard)
     for step in (12, 32):
         wait_until(lambda step=step: step in logged(tmp_path / "log"))
         os.kill(workers_of(process)[1], signal.SIGKILL)
@@ -273,8 +277,9 @@ def test_a_main_process_that_hangs_while_it_saves_ends_the_run_within_the_timeou
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_the_run_within_the_timeout(shards, tmp_path):
-    process = start(TORCHRUN, max_steps=100_000, timeout=5)
+@with_and_without_shard
+def test_a_process_that_hangs_ends_the_run_within_the_timeout(shards, tmp_path, shard):
+    process = start(TORCHRUN, max_steps=100_000, timeout=5, shard=shard)
     wait_until(lambda: 5 in logged(tmp_path / "log"))
     os.kill(workers_of(process)[1], signal.SIGSTOP)
     began = time.monotonic()
@@ -300,9 +305,11 @@ def kill_at_random(process, out_dir, generator, while_saving):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "optimizer"), [(1, "adamw"), (2, "muon")])
-def test_20_kills_at_random_moments_end_in_the_uninterrupted_runs_parameters(shards, tmp_path, processes, optimizer):
-    settings = {"max_steps": 400, "eval_every": 20, "optimizer": optimizer}
+@pytest.mark.parametrize("processes, optimizer, shard", [(1, "adamw", False), (2, "muon", False), (2, "adamw", True)])
+def test_20_kills_at_random_moments_end_in_the_uninterrupted_runs_parameters(
+    shards, tmp_path, processes, optimizer, shard
+):
+    settings = {"max_steps": 400, "eval_every": 20, "optimizer": optimizer, "shard": shard}
     directory = run_whole(tmp_path, processes=0 if processes == 1 else 2, save_every=0, **settings)
     launcher = [sys.executable] if processes == 1 else TORCHRUN
     generator, hits = random.Random(processes), 0

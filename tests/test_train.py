@@ -182,6 +182,25 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported():
         assert torch.allclose(before / 10, after, rtol=1e-3, atol=1e-8)
 
 
+def kept_numbers(**changes):
+    """How many numbers a forward pass keeps for the backward pass, weights aside."""
+    trainer, kept = new_trainer(batch_size=8, **changes), {}
+    weights = {weight.data_ptr() for weight in trainer.state.gpt.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        _, loss = trainer.model(ROWS[:, :-1], ROWS[:, 1:])
+    assert loss.requires_grad
+    return sum(tensor.numel() for address, tensor in kept.items() if address not in weights)
+
+
+def test_recomputed_blocks_give_the_same_bits_and_keep_their_inputs_alone():
+    plain, recomputing = (step_gradients(ROWS, activation_checkpointing=value) for value in (False, True))
+    assert plain[1:] == recomputing[1:]
+    assert all(torch.equal(first, second) for first, second in zip(plain[0], recomputing[0], strict=True))
+    less = kept_numbers() - kept_numbers(activation_checkpointing=True)
+    activations = 8 * 16 * SIZES.n_embd  # of one layer
+    assert less >= SIZES.n_layer * 10 * activations
+
+
 @pytest.fixture
 def spoil(monkeypatch):
     """Make a step's loss or a gradient not finite while the list it returns holds a factor, nan or inf."""
