@@ -26,7 +26,18 @@ from common.sharding import divide_like, gather, gather_gpt
 from common.tokenizer import save_tokenizer
 
 NEEDED = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json")  # to resume
-PROGRESS = ("step", "tokens", "position", "scores")  # of TrainingState, as trainer.json has them
+# What trainer.json always holds, by its types
+RECORD = {
+    "step": 0,
+    "tokens": 0,
+    "position": 0,
+    "skipped": [0, 0],
+    "scores": {},
+    "scaler": {},
+    "config": {},
+    "data": [],
+    "versions": {},
+}
 
 
 @dataclass
@@ -78,8 +89,11 @@ def take_snapshot(state: TrainingState, world: World) -> Snapshot:
     tensors["random.cpu"] = torch.get_rng_state()
     if world.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(world.device)
-    record = {name: getattr(state, name) for name in PROGRESS}
-    record |= {
+    record = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "position": state.position,
+        "scores": state.scores,
         "skipped": [state.skipped, state.skipped_in_a_row],
         "scaler": state.scaler.state_dict(),
         "optimizer": {name: value for name, value in optimizer.items() if name not in tensors},
@@ -226,17 +240,36 @@ def saved_settings(out_dir: Path) -> dict:
 
 
 def read_record(directory: Path) -> dict:
-    """The content of trainer.json; raises DataError if it is not what `save_checkpoint` writes."""
+    """The content of trainer.json; raises DataError if a run cannot have saved it."""
     record = read_json(directory / "trainer.json")
-    types = {"step": int, "tokens": int, "position": int, "skipped": list, "config": dict, "data": list}
-    types |= {"scores": dict, "scaler": dict, "versions": dict}
-    wrong = [name for name, kind in types.items() if type(record.get(name)) is not kind]
-    if wrong:
-        raise DataError(f"{directory / 'trainer.json'} is not a run's record: see {wrong[0]}")
-    # a step trains on one token or more, and passes over fewer at the end of an epoch
-    if not 0 < record["step"] <= record["tokens"] <= record["position"] <= 2 * record["tokens"] < 2**63:
-        raise DataError(f"{directory / 'trainer.json'} is not a run's record: see step, tokens and position")
+    try:
+        check_record(record, int(directory.name[5:]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{directory / 'trainer.json'} is not a run's record: {error!r}") from None
     return record
+
+
+def check_record(record: dict, step: int) -> None:
+    """Raise LookupError, TypeError or ValueError unless trainer.json can be that of a run at this step."""
+    require_types(record, RECORD)
+    for score in record["scores"].values():
+        require_types(score, [0, 0.0])
+    skipped, skipped_in_a_row = record["skipped"][:2]
+    # at an epoch's end, a step passes over fewer tokens than it trains on
+    growing = [0, skipped_in_a_row, skipped, step, record["tokens"], record["position"], 2 * record["tokens"], 2**63]
+    if record["step"] != step or growing != sorted(growing):
+        raise ValueError("its step, skipped, tokens and position cannot be")
+
+
+def require_types(content: object, example: object) -> None:
+    """Raise TypeError or LookupError unless JSON has the types, keys and items of an example; it may have more."""
+    if isinstance(example, tuple):
+        example = list(example)
+    if type(content) is not type(example):
+        raise TypeError(f"{content!r:.40} is not like {example!r:.40}")
+    if isinstance(example, dict | list):
+        for key in example if isinstance(example, dict) else range(len(example)):
+            require_types(content[key], example[key])
 
 
 def restore(state: TrainingState, directory: Path, record: dict) -> None:
@@ -246,14 +279,15 @@ def restore(state: TrainingState, directory: Path, record: dict) -> None:
         restore_random_states(tensors, state.gpt.lm_head.weight.device)
         restore_optimizer(state, tensors | record.get("optimizer", {}), record.get("param_groups"))
         if state.scaler.is_enabled() and record["scaler"]:
+            require_types(record["scaler"], state.scaler.state_dict())
             state.scaler.load_state_dict(record["scaler"])
-        for name in PROGRESS:
-            setattr(state, name, record[name])
-        state.skipped, state.skipped_in_a_row = record["skipped"][:2]
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DataError(f"{directory} does not fit this run: {error!r}") from None
+    state.step, state.tokens, state.position = record["step"], record["tokens"], record["position"]
+    state.skipped, state.skipped_in_a_row = record["skipped"][:2]
+    state.scores = record["scores"]
 
 
 def restore_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
@@ -272,5 +306,6 @@ def restore_optimizer(state: TrainingState, values: dict[str, Tensor | float], g
     for full_name, value in values.items():
         key, name = full_name.split(".", 1)
         entries.setdefault(indices[name], {})[key] = divide_like(value, parameters[name])
-    groups = groups or state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    before = state.optimizer.state_dict()["param_groups"]
+    require_types(groups or before, before)
+    state.optimizer.load_state_dict({"state": entries, "param_groups": groups or before})

@@ -43,9 +43,6 @@ FIELDS = {
 }
 
 
-TOKEN_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT)
-
-
 def save_gpt(gpt: GPT, directory: Path) -> None:
     """Write config.json, generation_config.json and model.safetensors as transformers' GPT2LMHeadModel reads them.
 
@@ -59,7 +56,8 @@ def save_gpt(gpt: GPT, directory: Path) -> None:
     assert is_gpt2, "a network that is no longer GPT-2 must not be saved as one"
     save_tensors(tensors, directory / "model.safetensors")
     write_json(directory / "config.json", huggingface_config(gpt.config))
-    write_json(directory / "generation_config.json", TOKEN_IDS)
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT)
+    write_json(directory / "generation_config.json", special)
 
 
 def huggingface_config(config: GPTConfig) -> dict[str, object]:
@@ -68,7 +66,7 @@ def huggingface_config(config: GPTConfig) -> dict[str, object]:
         **IMPLEMENTED,
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
-        **TOKEN_IDS,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), END_OF_TEXT),
         "architectures": ["GPT2LMHeadModel"],
         "n_ctx": config.block_size,  # llama.cpp's converter reads this name
         "initializer_range": 0.02,

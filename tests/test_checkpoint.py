@@ -1,7 +1,9 @@
 """What a run saves, and that it goes on from there to the uninterrupted run's end, whatever happened to the files."""
 
 import functools
+import hashlib
 import json
+import os
 import resource
 import shutil
 from dataclasses import replace
@@ -14,6 +16,7 @@ import plot
 import train_gpt2
 from common import checkpoint
 from common.checkpoint import checkpoint_error, checkpoints, find_checkpoint, newest_checkpoint
+from common.files import claim
 from common.log import read_log
 from common.processes import World
 from common.script import DataError, UsageError
@@ -254,6 +257,14 @@ def test_a_run_that_has_gone_further_than_max_steps_is_finished(tmp_path, monkey
     assert list(checkpoints(tmp_path / "log")) == [8, 4] and "8 of 4 steps" in capsys.readouterr().out
 
 
+def test_a_directory_in_use_is_refused_and_the_process_that_holds_it_named(tmp_path):
+    with claim(tmp_path / "log"):
+        with pytest.raises(UsageError, match=rf"log is in use by another process \({os.getpid()} on "):
+            train(quick_config())
+    train(quick_config(max_steps=1))
+    assert not list((tmp_path / "log").glob(".*"))
+
+
 # ---- what must match -------------------------------------------------------------------------------------------------
 
 RESUME = "--resume --data_dir shards --device cpu --dtype float32 --batch_size 4".split()
@@ -394,6 +405,66 @@ def test_each_harm_to_each_file_is_named_and_costs_one_checkpoint(run, file, har
     directory, errors = newest_checkpoint(run)
     assert directory == run / "step_000006" and list(errors) == [run / "step_000008"]
     assert file in errors[run / "step_000008"] or file == "MANIFEST.json"
+
+
+@pytest.mark.parametrize("file", [*checkpoint.NEEDED, "MANIFEST.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
+def test_what_is_no_regular_file_is_not_waited_for_and_costs_one_checkpoint(run, file, kind):
+    path = run / "step_000008" / file
+    path.unlink()
+    {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "directory": os.mkdir}[kind](path)
+    directory, errors = newest_checkpoint(run)
+    assert directory == run / "step_000006" and file in errors[run / "step_000008"]
+
+
+def change_record(directory, **changes):
+    """Alter trainer.json, and its hash with it."""
+    path = directory / "trainer.json"
+    content = json.dumps(json.loads(path.read_text()) | changes)
+    path.write_text(content)
+    manifest = json.loads((directory / "MANIFEST.json").read_text())
+    manifest["trainer.json"] = hashlib.sha256(content.encode()).hexdigest()
+    (directory / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": -1},
+        {"step": 0},
+        {"step": 10**9},
+        {"step": 10**9, "tokens": 10**12, "position": 10**12},
+        {"step": "6"},
+        {"step": True},
+        {"step": None},
+        {"tokens": 5},
+        {"tokens": 10**30, "position": 10**30},
+        {"position": -64},
+        {"position": 10**6},
+        {"skipped": []},
+        {"skipped": [0, "1"]},
+        {"skipped": [1, 2]},
+        {"skipped": [7, 0]},
+        {"scores": {"val_loss": 3.0}},
+        {"scores": {"val_loss": [6, "3.0"]}},
+        {"scores": {"val_loss": [6]}},
+        {"config": []},
+        {"data": "none"},
+        {"versions": None},
+        {"optimizer": {"step": 1}},
+        {"optimizer": {"step.transformer.wte.bias": 1}},
+        {"param_groups": 3},
+        {"param_groups": [{}, {}]},
+        {"param_groups": [{"lr": 0.1, "betas": "x"}, {}]},
+    ],
+    ids=str,
+)
+def test_a_record_of_what_cannot_be_is_refused_in_a_line(run, changes):
+    interrupt(run, 6)
+    change_record(run / "step_000006", **changes)
+    with pytest.raises((DataError, UsageError), match="step_000006|--data_dir") as refusal:
+        train(quick_config(resume=True))
+    assert len(str(refusal.value).splitlines()) == 1
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(run):

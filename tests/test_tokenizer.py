@@ -1,5 +1,6 @@
 """The vocabulary is OpenAI's, is read from the repository, and is not fetched from anywhere."""
 
+import json
 import os
 import pydoc_data.topics
 import random
@@ -142,5 +143,7 @@ def test_a_damaged_vocabulary_is_refused_by_file_and_kept(fresh, tmp_path, monke
 def test_the_tokenizers_files_are_the_repositorys_own(tmp_path):
     save_tokenizer(tmp_path, block_size=64)
     assert {path.name for path in tmp_path.iterdir()} == {"vocab.json", "merges.txt", "tokenizer_config.json"}
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["pad_token"] == settings["eos_token"] == "<|endoftext|>"
     for name in ("vocab.json", "merges.txt"):
         assert (tmp_path / name).read_bytes() == (VOCABULARY / name).read_bytes()
