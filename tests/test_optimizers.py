@@ -22,7 +22,7 @@ from common.processes import World
 from common.script import UsageError
 from common.shards import open_shards
 from model import GPT
-from recipes import TrainConfig, fill_defaults
+from recipes import MUON_RECIPES, RECIPES, TrainConfig, fill_defaults, parse_config
 from train_gpt2 import learning_rate, make_optimizer, train, training_step
 
 CPU = torch.device("cpu")
@@ -179,6 +179,27 @@ def test_the_largest_attention_logit_is_logged_on_request(shards, tmp_path):
             for row in range(16):
                 largest = max(largest, float((k[: row + 1, head] @ q[row, head]).max()) / math.sqrt(8))
     assert logged[2] == pytest.approx(largest, rel=1e-4) and not logged[0] == logged[2]
+
+
+@pytest.mark.parametrize("model", RECIPES)
+def test_the_choice_of_an_optimizer_brings_its_settings_for_each_size(model):
+    assert parse_config(["--model", model, "--optimizer", "muon"], None) == MUON_RECIPES[model]
+    assert parse_config(["--model", model, "--optimizer", "adamw"], None) == RECIPES[model]
+    changed = parse_config(["--model", model, "--optimizer", "muon", "--max_steps", "7"], None)
+    assert changed == replace(MUON_RECIPES[model], max_steps=7)
+
+
+def test_without_a_choice_gpt2_is_trained_with_adamw_and_debug_with_muon():
+    assert parse_config(["--model", "gpt2"], None) == RECIPES["gpt2"]
+    assert parse_config(["--model", "debug"], None) == MUON_RECIPES["debug"]
+
+
+def test_a_resumed_run_keeps_its_optimizer(shards):
+    for optimizer in ("adamw", "muon"):
+        config = muon_config(max_steps=2, optimizer=optimizer, out_dir=optimizer)
+        train(config)
+        resumed = parse_config(["--resume", "--out_dir", optimizer], None)
+        assert (resumed.optimizer, resumed.max_lr, resumed.max_steps) == (optimizer, config.max_lr, 2)
 
 
 # ---- the linear schedule ---------------------------------------------------------------------------------------------
