@@ -37,10 +37,13 @@ import sample
 from common import checkpoint, script
 from common.batches import Batch, Batches
 from common.checkpoint import Snapshot, TrainingState
+from common.device import device_name, explain_out_of_memory, keep_freed_memory, peak_flops
 from common.files import claim
 from common.huggingface import load_gpt, read_gpt
 from common.log import Clock, Log, Tracker
+from common.muon import Muon
 from common.processes import World, start_processes, stop_signals
+from common.reference import Comparison
 from common.script import DataError, UsageError
 from common.sharding import gather, gather_gpt, shard
 from common.shards import SAMPLE_DATA, Shard, Shards, load_manifest, open_shards
@@ -86,11 +89,18 @@ def read_batches(trainer: Trainer, shards: Shards) -> Iterator[Batch]:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up to max_lr, then a cosine to min_lr at max_steps, for the step that follows `step` steps."""
+    """The rate of the step that follows `step` steps: linear warm-up to max_lr, later a decay to min_lr at max_steps.
+
+    The decay is a cosine over all that follows the warm-up, or linear over the last decay_fraction of the run.
+    """
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + (config.max_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    decay_steps = config.max_steps - config.warmup_steps
+    if config.schedule == "linear":
+        decay_steps = min(decay_steps, config.decay_fraction * config.max_steps)
+    left = min(max(config.max_steps - step, 0) / max(1, decay_steps), 1.0)
+    above_min = left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    return config.min_lr + (config.max_lr - config.min_lr) * above_min
 
 
 def batch_tokens(config: TrainConfig, position: int) -> int:
@@ -105,12 +115,27 @@ def batch_tokens(config: TrainConfig, position: int) -> int:
 
 
 def make_optimizer(gpt: GPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, none on biases and norms."""
+    """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, none on biases and norms.
+
+    With --optimizer muon, the matrices of the blocks have Muon in its place, and they alone decay.
+    """
+    defaults = {"lr": config.max_lr, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
+    matrices = [p for p in gpt.parameters() if p.dim() >= 2]
+    others = {"params": [p for p in gpt.parameters() if p.dim() < 2], "weight_decay": 0.0}
+    if config.optimizer != "muon":
+        return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, others], **defaults)
+    blocks = gpt.transformer.h
+    embeddings = [gpt.transformer.wte.weight, gpt.transformer.wpe.weight]
+    settings = {"lr": config.muon_lr, "weight_decay": config.weight_decay, "momentum": 0.95}
     groups = [
-        {"params": [p for p in gpt.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in gpt.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": embeddings, "weight_decay": 0.0},
+        others,
+        {"params": [block.attn.c_attn.weight for block in blocks], "parts": 3, **settings},  # query, key and value
+        {"params": [block.attn.c_proj.weight for block in blocks], "parts": 1, **settings},
+        {"params": [block.mlp.c_fc.weight for block in blocks], "parts": 1, **settings},
+        {"params": [block.mlp.c_proj.weight for block in blocks], "parts": 1, **settings},
     ]
-    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
+    return Muon(groups, **defaults)
 
 
 @dataclass
@@ -137,7 +162,7 @@ class Trainer:
 def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     """Put the network on the device, wrapped, and give it an optimizer."""
     if world.device.type == "cpu":
-        script.keep_freed_memory()
+        keep_freed_memory()
     model = wrap(config, world, gpt)
     optimizer = make_optimizer(gpt, config)
     for group in optimizer.param_groups:
@@ -294,6 +319,25 @@ def write_samples(trainer: Trainer, prompt: str) -> dict[str, float]:
     return {}
 
 
+@torch.no_grad()
+def largest_attention_logit(trainer: Trainer, val: Shard) -> dict[str, float]:
+    """The largest of any layer and head on the val shard's first row; where it keeps growing, training may diverge."""
+    gpt, logits = gather_gpt(trainer.state.gpt, trainer.world.device), []
+
+    def record(module: nn.Module, inputs: tuple, projections: Tensor) -> None:
+        q, k, _ = projections.unflatten(2, (3, gpt.config.n_head, -1)).unbind(2)  # (1, T, H, D)
+        products = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()).tril()  # (1, H, T, T)
+        logits.append(float(products.max()) / math.sqrt(q.shape[-1]))
+
+    hooks = [block.attn.c_attn.register_forward_hook(record) for block in gpt.transformer.h]
+    row = torch.from_numpy(val.read(0, trainer.config.block_size).astype(np.int64))[None]  # (1, T)
+    with trainer.autocast():
+        gpt.hidden(row.to(trainer.world.device))
+    for hook in hooks:
+        hook.remove()
+    return {"attention_logit": max(logits)}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Something that is evaluated now and then."""
@@ -307,28 +351,29 @@ class Evaluation:
 EVALUATIONS = (
     Evaluation("validation", "eval_every", lambda config, world, shards: shards.val, validation_loss),
     Evaluation("HellaSwag", "hellaswag_every", load_hellaswag, score_hellaswag),
+    Evaluation("attention", "attention_every", lambda config, world, shards: shards.val, largest_attention_logit),
     Evaluation("samples", "sample_every", lambda config, world, shards: sample.PROMPT, write_samples),
 )
 
 
-def evaluate(trainer: Trainer, data: dict[str, Any], log: Log, clock: Clock, last: bool) -> None:
+def evaluate(trainer: Trainer, data: dict[str, Any], log: Log, last: bool) -> None:
     """Run what is due at this step; an evaluation that the model's state does not allow is skipped with a warning."""
     config, state = trainer.config, trainer.state
     for evaluation in EVALUATIONS:
         if data[evaluation.name] is None or not is_due(getattr(config, evaluation.every), state.step, last):
             continue
         try:
-            with clock.measure(evaluation.name):
+            with log.clock.measure(evaluation.name):
                 scores = evaluation.score(trainer, data[evaluation.name])
         except FloatingPointError as error:
             trainer.world.print(f"warning: step {state.step}: {error}")
             continue
         if scores:
-            text = " | ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            text = log.comparison.describe(state.step, scores)
             log.write(f"step {state.step:5d} | {text}", step=state.step, **scores)
             state.scores |= {name: [state.step, value] for name, value in scores.items() if math.isfinite(value)}
     if is_due(config.eval_every, state.step, last):
-        with clock.measure("picture"):
+        with log.clock.measure("picture"):
             log.attempt(plot.draw, Path(config.out_dir))
 
 
@@ -378,13 +423,14 @@ def resume_run(config: TrainConfig, world: World, directory: Path, shards: Shard
     return trainer
 
 
-def open_log(trainer: Trainer, shards: Shards) -> Log:
+def open_log(trainer: Trainer, shards: Shards, clock: Clock) -> Log:
     """The run's log, which begins with what this process group is."""
     config, world, step, out_dir = trainer.config, trainer.world, trainer.state.step, Path(trainer.config.out_dir)
     tracker = Tracker(config.tracker if world.is_main else "none", out_dir, asdict(config), step)
-    log = Log(out_dir, tracker, enabled=world.is_main)
+    log = Log(out_dir, tracker, Comparison(config, shards), clock, enabled=world.is_main)
     redo = any(is_due(getattr(config, evaluation.every), step) for evaluation in EVALUATIONS)
-    log.start(step, redo, processes=world.size, unigram_loss=shards.unigram_loss)
+    about = {"processes": world.size, "unigram_loss": shards.unigram_loss, "reference": log.comparison.applies}
+    log.start(step, redo, **about)
     return log
 
 
@@ -422,7 +468,7 @@ def print_summary(trainer: Trainer, shards: Shards) -> None:
     ramp = f", from {config.initial_batch_size:,} at first" if config.batch_ramp_tokens else ""
     unigram = "n/a" if shards.unigram_loss is None else f"{shards.unigram_loss:.4f}"
     world.print(
-        f"model {config.init_from or config.model} on {world.size} x {script.device_name(world.device)}, "
+        f"model {config.init_from or config.model} on {world.size} x {device_name(world.device)}, "
         f"{config.dtype}, compile {config.compile} (choose with --model or --init_from, --device, --dtype, --compile)\n"
         f"data {config.data_dir} (choose with --data_dir): {sum(map(len, shards.train)):,} train tokens, "
         f"{len(shards.val):,} val tokens, unigram loss {unigram}\n"
@@ -447,7 +493,7 @@ def log_step(trainer: Trainer, log: Log, batch: Batch, loss: float, norm: float,
     """Log the last optimizer step."""
     config, state = trainer.config, trainer.state
     tokens = batch.micro_batches[..., 1:].numel() * trainer.world.size
-    rate, peak = tokens / seconds, script.peak_flops(trainer.world.device)
+    rate, peak = tokens / seconds, peak_flops(trainer.world.device)
     mfu = rate * flops_per_token(state.gpt) / (peak * trainer.world.size) if peak else None
     lr = state.optimizer.param_groups[0]["lr"]
     left = timedelta(seconds=round(seconds * (config.max_steps - state.step)))
@@ -521,12 +567,12 @@ def train(config: TrainConfig) -> None:
         stack.enter_context(attention_backend(config, world.device))
         data = {evaluation.name: evaluation.load(config, world, shards) for evaluation in EVALUATIONS}
         batches = stack.enter_context(contextlib.closing(read_batches(trainer, shards)))
-        log = open_log(trainer, shards)
+        log = open_log(trainer, shards, clock)
         while True:
             finished = state.step >= config.max_steps
             stopping = world.any_rank(signals) and not finished
             if not stopping:  # a run that is stopped makes up for it on resuming
-                evaluate(trainer, data, log, clock, finished)
+                evaluate(trainer, data, log, finished)
             due = is_due(config.save_every, state.step) or is_due(config.milestone_every, state.step)
             if state.step > first_step and (finished or stopping or due):
                 with clock.measure("saving"):
@@ -537,16 +583,16 @@ def train(config: TrainConfig) -> None:
                 take_step(trainer, log, batches)
             stop_if_diverged(trainer)
         log.write(f"step {state.step:5d} | {clock.summary()}", step=state.step, seconds=clock.seconds)
-        log.close()
+        log.close(finished)
         world.barrier()  # for the main process to save
         how = f"finished: {config.out_dir}/step_{state.step:06d}"
         world.print(how if finished else f"stopped by a signal; continue with --resume: step {state.step}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    with script.explain_out_of_memory("--batch_size"):
+    with explain_out_of_memory("--batch_size"):
         train(recipes.parse_config(argv, __doc__))
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run(main, spare_output=True)

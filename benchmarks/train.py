@@ -37,22 +37,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
 from common.batches import rank_slice
+from common.device import choose_device, device_name, explain_out_of_memory, keep_freed_memory
 from common.huggingface import huggingface_config
 from common.processes import World, start_processes
 from common.script import (
     DataError,
     Positive,
     check_settings,
-    choose_device,
-    device_name,
-    explain_out_of_memory,
-    keep_freed_memory,
     parse_flags,
     run,
 )
 from common.tokenizer import N_TOKENS
 from model import GPT, PRESETS
-from recipes import RECIPES, AttentionBackend, Size, TrainConfig, fill_defaults, validate
+from recipes import AttentionBackend, Optimizer, Size, TrainConfig, fill_defaults, recipe, validate
 
 WAYS = ("transformers", "transformers_compiled", "eager", "compiled")
 Step = Callable[[Tensor], float]  # an optimizer step on rows (N, T + 1), which returns the loss
@@ -67,6 +64,7 @@ class BenchmarkConfig:
     warmup: Positive[int] = 2  # optimizer steps before them
     only: Literal["transformers", "transformers_compiled", "eager", "compiled"] | None = None  # way to measure alone
     profile: bool = False  # print where the time of --only, or of this program's default, goes
+    optimizer: Optimizer = "adamw"  # of this program
     attention: AttentionBackend = "auto"  # backend of scaled_dot_product_attention; auto: torch's own choice
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
 
@@ -74,11 +72,11 @@ class BenchmarkConfig:
 def train_config(config: BenchmarkConfig, device: torch.device, processes: int, way: str) -> TrainConfig:
     """The settings of training; raises UsageError for those that cannot be used."""
     check_settings(config)
-    sizes, recipe = PRESETS[config.model], RECIPES[config.model]
-    batch_size = config.batch_size or (1 if device.type == "cpu" else recipe.batch_size)
+    sizes, defaults = PRESETS[config.model], recipe(config.model, config.optimizer)
+    batch_size = config.batch_size or (1 if device.type == "cpu" else defaults.batch_size)
     compiled = way.endswith("compiled")
     settings = replace(
-        recipe,
+        defaults,
         batch_size=batch_size,
         total_batch_size=config.total_batch_size or batch_size * sizes.block_size * processes,
         attention=config.attention,

@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.files import MANIFEST, atomic_write, changed_files, flush, read_json, sha256, write_json
+from common.files import MANIFEST, changed_files, flush, read_json, sha256, write_json
 from common.huggingface import load_tensors, save_gpt, save_tensors
 from common.processes import World
 from common.script import DataError, UsageError
@@ -27,6 +26,7 @@ from common.sharding import divide_like, gather, gather_gpt
 from common.tokenizer import save_tokenizer
 
 NEEDED = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json")  # to resume
+PROGRESS = ("step", "tokens", "position", "scores")  # of TrainingState, as trainer.json has them
 
 
 @dataclass
@@ -46,7 +46,7 @@ class TrainingState:
 
 def checkpoints(out_dir: Path) -> dict[int, Path]:
     """The checkpoints of a run by their step, the newest first."""
-    paths = [path for path in out_dir.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir()]
+    paths = [path for path in out_dir.glob("step_*") if re.fullmatch("step_[0-9]{6,18}", path.name) and path.is_dir()]
     return dict(sorted(((int(path.name[5:]), path) for path in paths), reverse=True))
 
 
@@ -78,29 +78,29 @@ def take_snapshot(state: TrainingState, world: World) -> Snapshot:
     tensors["random.cpu"] = torch.get_rng_state()
     if world.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(world.device)
-    record = {
-        "step": state.step,
-        "tokens": state.tokens,
-        "position": state.position,
-        "skipped": [state.skipped, state.skipped_in_a_row],
-        "scores": state.scores,
+    progress = {name: getattr(state, name) for name in PROGRESS}
+    progress["skipped"] = [state.skipped, state.skipped_in_a_row]
+    settings = {
         "scaler": state.scaler.state_dict(),
         "optimizer": {name: value for name, value in optimizer.items() if name not in tensors},
         "param_groups": state.optimizer.state_dict()["param_groups"],
         "versions": versions(),
     }
-    return Snapshot(gpt, tensors, record)
+    return Snapshot(gpt, tensors, progress | settings)
 
 
 def save_checkpoint(out_dir: Path, snapshot: Snapshot, record: dict, card: str) -> None:
-    """Write a checkpoint that is either complete or absent; raises OSError if the disk does not take it.
-
-    `record` is added to trainer.json.
-    """
+    """Write a checkpoint that is either complete or absent; raises OSError if the disk does not take it."""
     temporary = out_dir / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
         write_checkpoint(temporary, snapshot, record, card)
+        hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, hashes)
+        for path in temporary.iterdir():
+            flush(path)
+        flush(temporary)
         os.replace(temporary, out_dir / f"step_{snapshot.record['step']:06d}")
         flush(out_dir)
     finally:
@@ -108,19 +108,12 @@ def save_checkpoint(out_dir: Path, snapshot: Snapshot, record: dict, card: str) 
 
 
 def write_checkpoint(directory: Path, snapshot: Snapshot, record: dict, card: str) -> None:
-    """Write a checkpoint's files, the manifest of their hashes last."""
-    directory.mkdir()
-    with ThreadPoolExecutor() as threads:  # both files take as long as the disk does
-        writing = threads.submit(save_tensors, snapshot.tensors, directory / "optimizer.safetensors")
-        save_gpt(snapshot.gpt, directory)
-        save_tokenizer(directory, snapshot.gpt.config.block_size)
-        write_json(directory / "trainer.json", record | snapshot.record)
-        with atomic_write(directory / "README.md") as temporary:
-            temporary.write_text(card, encoding="utf-8")
-        writing.result()
-        paths = sorted(directory.iterdir())
-        hashes = dict(zip([path.name for path in paths], threads.map(sha256, paths), strict=True))
-    write_json(directory / MANIFEST, hashes)
+    """Write a checkpoint's files but for the manifest; `record` is added to trainer.json."""
+    save_gpt(snapshot.gpt, directory)
+    save_tokenizer(directory, snapshot.gpt.config.block_size)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    save_tensors(snapshot.tensors, directory / "optimizer.safetensors")
+    write_json(directory / "trainer.json", record | snapshot.record)
 
 
 def optimizer_state(state: TrainingState) -> dict[str, Tensor | float]:
@@ -165,17 +158,14 @@ def model_card(state: TrainingState, init_from: str | None, max_steps: int, sour
         step=state.step,
         max_steps=max_steps,
         tokens=state.tokens,
-        source="\n".join(f"- {key}: {abbreviate(value)}" for key, value in source.items()),
+        source="\n".join(f"- {key}: {source_entry(value)}" for key, value in source.items()),
         scores="\n".join(f"| {name} | {step} | {value:.4f} |" for name, (step, value) in state.scores.items()),
     )
 
 
-def abbreviate(value: str | list[list[str]]) -> str:
-    """A source's entry for the model card: a text, or files with their hashes, of which a few are named."""
-    if isinstance(value, str):
-        return value
-    more = f" and {len(value) - 5} more" if len(value) > 5 else ""
-    return ", ".join(name for name, _ in value[:5]) + more
+def source_entry(value: str | list[list[str]]) -> str:
+    """What the model card says of a source: a text, or the names of files, which have their hashes beside them."""
+    return value if isinstance(value, str) else ", ".join(name for name, _ in value)
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
@@ -209,7 +199,7 @@ def find_checkpoint(out_dir: Path, resume: bool, world: World) -> Path | None:
     """
     if world.is_main and not resume and (checkpoints(out_dir) or (out_dir / "log.jsonl").exists()):
         raise UsageError(f"--out_dir {out_dir} holds a run: continue it with --resume, or choose another directory")
-    newest, errors = newest_checkpoint(out_dir) if world.is_main and resume else (None, {})
+    newest, errors = (world.on_main(lambda: newest_checkpoint(out_dir)) if resume else None) or (None, {})
     if errors and newest is None:
         raise DataError(f"no checkpoint in --out_dir {out_dir} is whole: choose another directory to start anew")
     for directory, error in errors.items():
@@ -244,35 +234,46 @@ def read_record(directory: Path) -> dict:
     types = {"step": int, "tokens": int, "position": int, "skipped": list, "config": dict, "data": list}
     types |= {"scores": dict, "scaler": dict, "versions": dict}
     wrong = [name for name, kind in types.items() if type(record.get(name)) is not kind]
-    wrong = wrong or [name for name in ("step", "tokens", "position") if not 0 <= record[name] < 2**63]
     if wrong:
         raise DataError(f"{directory / 'trainer.json'} is not a run's record: see {wrong[0]}")
+    # a step trains on one token or more, and passes over fewer at the end of an epoch
+    if not 0 < record["step"] <= record["tokens"] <= record["position"] <= 2 * record["tokens"] < 2**63:
+        raise DataError(f"{directory / 'trainer.json'} is not a run's record: see step, tokens and position")
     return record
 
 
 def restore(state: TrainingState, directory: Path, record: dict) -> None:
     """Put back what a checkpoint holds, but for the model's weights; raises DataError if it does not fit."""
     tensors = load_tensors(directory / "optimizer.safetensors")
-    device = state.gpt.lm_head.weight.device
+    try:
+        restore_random_states(tensors, state.gpt.lm_head.weight.device)
+        restore_optimizer(state, tensors | record.get("optimizer", {}), record.get("param_groups"))
+        if state.scaler.is_enabled() and record["scaler"]:
+            state.scaler.load_state_dict(record["scaler"])
+        for name in PROGRESS:
+            setattr(state, name, record[name])
+        state.skipped, state.skipped_in_a_row = record["skipped"][:2]
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{directory} does not fit this run: {error!r}") from None
+
+
+def restore_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Set torch's generators to the states among a checkpoint's tensors, which are taken out."""
     torch.set_rng_state(tensors.pop("random.cpu"))
     cuda = tensors.pop("random.cuda", None)
     if cuda is not None and device.type == "cuda":
         torch.cuda.set_rng_state(cuda, device)
+
+
+def restore_optimizer(state: TrainingState, values: dict[str, Tensor | float], groups: list[dict] | None) -> None:
+    """Give the optimizer the state that `optimizer_state` has taken from one; old checkpoints have no groups."""
     parameters = dict(state.gpt.named_parameters())
     indices = {name: index for index, name in enumerate(parameter_names(state))}
     entries: dict[int, dict] = {}
-    for full_name, value in (tensors | record.get("optimizer", {})).items():
+    for full_name, value in values.items():
         key, name = full_name.split(".", 1)
-        if name not in indices:
-            raise DataError(f"{directory} holds an optimizer state of {name}, which the model does not have")
         entries.setdefault(indices[name], {})[key] = divide_like(value, parameters[name])
-    groups = record.get("param_groups") or state.optimizer.state_dict()["param_groups"]
-    try:
-        state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-    except ValueError as error:
-        raise DataError(f"{directory} was saved with another optimizer: {error}") from None
-    if state.scaler.is_enabled() and record["scaler"]:
-        state.scaler.load_state_dict(record["scaler"])
-    state.step, state.tokens, state.position = record["step"], record["tokens"], record["position"]
-    state.skipped, state.skipped_in_a_row = record["skipped"][:2]
-    state.scores = record["scores"]
+    groups = groups or state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": entries, "param_groups": groups})

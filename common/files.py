@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from common.script import DataError, UsageError
+from common.script import DataError, UsageError, escape
 
 MANIFEST = "MANIFEST.json"  # of a checkpoint: the SHA-256 of each of its files
 
@@ -43,17 +44,35 @@ def write_json(path: Path, content: object) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; raises DataError, which names the file, where there is none."""
+def read_text(path: Path) -> str:
+    """The text in a file; raises DataError, which names the file, where there is none."""
     try:
         if not path.is_file():  # a pipe or a device might never end
-            raise ValueError("there is no such file")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+            raise ValueError("there is no such regular file")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises DataError, which names the file, where there is none."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} cannot be read: it holds no JSON object")
     return content
+
+
+def first_difference(content: dict, expected: dict) -> str | None:
+    """The first key whose value is not the expected one, with both values; None if there is no such key."""
+    for key in expected | content:
+        value, right = content.get(key, "missing"), expected.get(key, "nothing")
+        if value != right:
+            return f"{key!r} is {value}, expected {right}"
+    return None
 
 
 def sha256(path: Path) -> str:
@@ -86,10 +105,14 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
         file_lock.acquire(blocking=False)
     except Timeout:
         if not wait:
-            raise UsageError(f"{path.parent} is in use by another process") from None
-        print(f"waiting for another process that writes to {path.parent}", flush=True)
+            holder = " on ".join(path.read_text().split()[:2]) or "not known"
+            raise UsageError(f"{path.parent} is in use by another process ({holder})") from None
+        print(f"waiting for another process that writes to {escape(str(path.parent))}", flush=True)
         file_lock.acquire()
     try:
+        with contextlib.suppress(OSError):  # a full disk, on which the holder cannot be named
+            if not path.read_text():  # else filelock, where the disk has no locks, has written the same
+                path.write_text(f"{os.getpid()}\n{platform.node()}\n")
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is held: filelock sees that, and locks a new file
@@ -98,14 +121,21 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claim(out_dir: Path) -> Iterator[None]:
-    """Hold a run's directory for this process alone; one that is still empty afterwards is removed."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UsageError(f"--out_dir {out_dir} is a file: choose a directory") from None
+    """Hold a run's directory for this process alone; one that was made for it and stays empty is removed."""
+    is_new = not out_dir.exists()
+    make_directory(out_dir)
     try:
         with lock(out_dir / ".lock", wait=False):
             yield
     finally:
-        with contextlib.suppress(OSError):
-            out_dir.rmdir()
+        if is_new:
+            with contextlib.suppress(OSError):  # it is no longer empty
+                out_dir.rmdir()
+
+
+def make_directory(out_dir: Path) -> None:
+    """Make the directory unless it is there; raises UsageError, which names the flag, if it cannot be."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out_dir {out_dir} cannot be a directory ({error.strerror}): choose another") from None

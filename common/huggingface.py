@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common import hub
-from common.files import MANIFEST, atomic_write, changed_files, read_json, write_json
+from common.files import MANIFEST, changed_files, first_difference, read_json, write_json
 from common.script import DataError
-from common.tokenizer import END_OF_TEXT, N_TOKENS
+from common.tokenizer import END_OF_TEXT, N_TOKENS, require_gpt2_tokenizer
 from model import GPT, GPTConfig
 
 # What config.json says of every GPT-2 that model.py computes; where it is silent, transformers assumes the same
@@ -29,6 +29,10 @@ IMPLEMENTED = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
+FORMAT = (
+    "a model is a directory with config.json and safetensors; others, as pytorch_model.bin or GGUF, are converted by "
+    "transformers' from_pretrained and save_pretrained"
+)
 # Hugging Face's names of GPTConfig's fields
 FIELDS = {
     "block_size": "n_positions",
@@ -39,24 +43,65 @@ FIELDS = {
 }
 
 
+TOKEN_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT)
+
+
 def save_gpt(gpt: GPT, directory: Path) -> None:
-    """Write config.json and model.safetensors as transformers' GPT2LMHeadModel reads them.
+    """Write config.json, generation_config.json and model.safetensors as transformers' GPT2LMHeadModel reads them.
 
     Raises OSError if the disk does not take them.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, weight in gpt.state_dict().items():
-        if name == "transformer.wte.weight":
-            weight = weight[: gpt.config.vocab_size]
-        if name != "lm_head.weight":  # the same tensor as wte
-            tensors[name] = transpose_conv1d(name, weight).contiguous()
-    C, L, rows = gpt.config.n_embd, gpt.config.n_layer, gpt.config.vocab_size + gpt.config.block_size
-    is_gpt2 = tensors.keys() == gpt2_names(L)
-    is_gpt2 &= sum(tensor.numel() for tensor in tensors.values()) == (rows + 2) * C + L * (12 * C * C + 13 * C)
+    tensors = {name: transpose_conv1d(name, weight).contiguous() for name, weight in gpt.state_dict().items()}
+    del tensors["lm_head.weight"]  # the same as the embedding
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][: gpt.config.vocab_size]
+    is_gpt2 = gpt.lm_head.weight is gpt.transformer.wte.weight and shapes(tensors) == gpt2_shapes(gpt.config)
     assert is_gpt2, "a network that is no longer GPT-2 must not be saved as one"
     save_tensors(tensors, directory / "model.safetensors")
     write_json(directory / "config.json", huggingface_config(gpt.config))
+    write_json(directory / "generation_config.json", TOKEN_IDS)
+
+
+def huggingface_config(config: GPTConfig) -> dict[str, object]:
+    """The content of config.json."""
+    return {
+        **IMPLEMENTED,
+        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+        **TOKEN_IDS,
+        "architectures": ["GPT2LMHeadModel"],
+        "n_ctx": config.block_size,  # llama.cpp's converter reads this name
+        "initializer_range": 0.02,
+        "dtype": "float32",
+    }
+
+
+def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in model.safetensors, by their names."""
+    C = config.n_embd
+    shapes = {"transformer.wte.weight": (config.vocab_size, C), "transformer.wpe.weight": (config.block_size, C)}
+    block = {
+        "ln_1": (C,),
+        "attn.c_attn": (C, 3 * C),
+        "attn.c_proj": (C, C),
+        "ln_2": (C,),
+        "mlp.c_fc": (C, 4 * C),
+        "mlp.c_proj": (4 * C, C),
+    }
+    modules = {f"h.{layer}.{name}": shape for layer in range(config.n_layer) for name, shape in block.items()}
+    for module, shape in (modules | {"ln_f": (C,)}).items():
+        shapes[f"transformer.{module}.weight"] = shape
+        shapes[f"transformer.{module}.bias"] = shape[-1:]
+    return shapes
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def transpose_conv1d(name: str, weight: Tensor) -> Tensor:
+    """A weight from torch's layout in Hugging Face's, or back: linear layers are transposed both ways."""
+    return weight.T if weight.dim() == 2 and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) else weight
 
 
 def load_gpt(source: str | Path, block_size: int | None = None) -> GPT:
@@ -65,14 +110,17 @@ def load_gpt(source: str | Path, block_size: int | None = None) -> GPT:
     The positions are cropped to `block_size`. Warns of a checkpoint's file that has changed since it was written.
     Raises DataError if the source cannot be had or holds no such GPT-2, ValueError for more positions than it has.
     """
-    if (Path(source) / MANIFEST).is_file():
-        for name in changed_files(Path(source), ["config.json", "model.safetensors"]):
-            print(f"warning: {Path(source) / name} has changed since it was written", file=sys.stderr)
-    return read_gpt(source, block_size)
+    directory = model_directory(source)
+    if (directory / MANIFEST).is_file():
+        for name in changed_files(directory, ["config.json", "model.safetensors"]):
+            print(f"warning: {directory / name} has changed since it was written", file=sys.stderr)
+    gpt = read_gpt(source, block_size)
+    require_gpt2_tokenizer(directory)
+    return gpt
 
 
 def read_gpt(source: str | Path, block_size: int | None = None) -> GPT:
-    """`load_gpt` of files whose hashes were checked already."""
+    """`load_gpt` of files whose hashes were checked already, whatever its tokenizer."""
     config = read_config(source)
     weights = read_weights(source, config)
     if block_size and block_size > config.block_size:
@@ -85,12 +133,7 @@ def read_gpt(source: str | Path, block_size: int | None = None) -> GPT:
     padding = (0, 0, 0, config.padded_vocab_size - config.vocab_size)
     weights["transformer.wte.weight"] = F.pad(weights["transformer.wte.weight"], padding)
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
-    try:
-        gpt.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
-    except RuntimeError as error:  # its second line names the first tensor of another shape
-        raise DataError(
-            f"the weights of {source} do not fit its config.json: {str(error).splitlines()[1].strip()}"
-        ) from None
+    gpt.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
     return gpt
 
 
@@ -104,74 +147,40 @@ def read_config(source: str | Path) -> GPTConfig:
     """The sizes in config.json; raises DataError for a network that this program does not compute."""
     path = model_directory(source) / "config.json"
     settings = read_json(path)
+    for name, value in IMPLEMENTED.items():
+        if settings.get(name, value) != value:
+            raise DataError(f"{path} asks for {name} {settings[name]!r}; this program has only {value!r}")
     sizes = {ours: settings.get(theirs) for ours, theirs in FIELDS.items()}
     try:
         if not all(type(size) is int for size in sizes.values()):
             raise ValueError(f"its sizes are {sizes}")
         config = GPTConfig(**sizes)
+        if settings.get("n_inner") not in (None, 4 * config.n_embd):
+            raise ValueError(f"its n_inner is {settings['n_inner']}, not 4 n_embd")
     except ValueError as error:
         raise DataError(f"{path} is not the configuration of a GPT-2: {error}") from None
-    if settings.get("n_inner") is None:
-        settings["n_inner"] = 4 * config.n_embd
-    for name, value in (IMPLEMENTED | {"n_inner": 4 * config.n_embd}).items():
-        if settings.get(name, value) != value:
-            raise DataError(f"{path} asks for {name} {settings[name]!r}; this program has only {value!r}")
     return config
-
-
-def huggingface_config(config: GPTConfig) -> dict[str, object]:
-    """The content of config.json."""
-    return {
-        **IMPLEMENTED,
-        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), END_OF_TEXT),
-        "architectures": ["GPT2LMHeadModel"],
-        "n_ctx": config.block_size,  # llama.cpp's converter reads this name
-        "initializer_range": 0.02,
-        "dtype": "float32",
-    }
-
-
-def gpt2_names(n_layer: int) -> set[str]:
-    """The tensors of model.safetensors."""
-    modules = ["wte", "wpe", "ln_f"]
-    for layer in range(n_layer):
-        modules += [f"h.{layer}.{name}" for name in ("ln_1", "attn.c_attn", "attn.c_proj")]
-        modules += [f"h.{layer}.{name}" for name in ("ln_2", "mlp.c_fc", "mlp.c_proj")]
-    names = {f"transformer.{module}.{kind}" for kind in ("weight", "bias") for module in modules}
-    return names - {"transformer.wte.bias", "transformer.wpe.bias"}
-
-
-def transpose_conv1d(name: str, weight: Tensor) -> Tensor:
-    """A weight from torch's layout in Hugging Face's, or back: linear layers are transposed both ways."""
-    return weight.T if weight.dim() == 2 and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) else weight
 
 
 def read_weights(source: str | Path, config: GPTConfig) -> dict[str, Tensor]:
     """The weights in torch's layout; raises DataError unless they are a GPT-2's, of the sizes in its config.json."""
     weights = {}
-    paths = sorted(model_directory(source).glob("model*.safetensors"))  # one file, or several
-    if not paths:
-        raise DataError(f"{source} holds no model.safetensors")
-    for path in paths:
+    for path in sorted(model_directory(source).glob("model*.safetensors")):  # one file, or several
         for name, weight in load_tensors(path).items():
             name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"  # as OpenAI's are
             if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal masks that old files hold
-                weights[name] = transpose_conv1d(name, weight)
+                weights[name] = weight
+    if not weights:
+        raise DataError(f"there is no {Path(source) / 'model.safetensors'}: {FORMAT}")
     lm_head = weights.pop("lm_head.weight", None)
-    wrong = {f"{config.n_layer} layers"}
-    if config.n_layer <= len(weights):  # else as many names as some damaged config.json says
-        wrong = weights.keys() ^ gpt2_names(config.n_layer)
-    for name, rows in (("transformer.wte.weight", config.vocab_size), ("transformer.wpe.weight", config.block_size)):
-        if not wrong and weights[name].shape != (rows, config.n_embd):
-            wrong = {name}
-    if wrong:
-        raise DataError(f"the weights of {source} do not fit its config.json: {', '.join(sorted(wrong)[:3])}")
+    expected = gpt2_shapes(replace(config, n_layer=min(config.n_layer, len(weights))))  # a wrong one may be huge
+    difference = first_difference(shapes(weights), expected)
+    if difference:
+        raise DataError(f"the weights of {source} do not fit its config.json: {difference}")
     embedding = weights["transformer.wte.weight"]
     if lm_head is not None and not torch.equal(lm_head.float().nan_to_num(), embedding.float().nan_to_num()):
         raise DataError(f"{source} has an LM head that is not tied to its embedding, as GPT-2's is")
-    return weights
+    return {name: transpose_conv1d(name, weight) for name, weight in weights.items()}
 
 
 def model_directory(source: str | Path) -> Path:
@@ -179,21 +188,20 @@ def model_directory(source: str | Path) -> Path:
     first, *rest = Path(source).parts or [""]
     if not Path(first).exists() and len(rest) <= 1 and not str(source).startswith((".", "/")):  # the Hub's [OWNER/]NAME
         return hub.fetch_model(str(source))
-    if not (Path(source) / "config.json").is_file():
-        raise DataError(f"{source} is not a checkpoint: there is no {Path(source) / 'config.json'}")
+    if not (Path(source) / "config.json").exists():
+        raise DataError(f"there is no {Path(source) / 'config.json'}: {FORMAT}")
     return Path(source)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a whole safetensors file; raises OSError if the disk does not take it."""
-    with atomic_write(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from None
-        temporary.chmod(mode)  # save_file leaves it readable to its owner alone
+    """Write a safetensors file; raises OSError if the disk does not take it."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    path.chmod(mode)  # save_file leaves it readable to its owner alone
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.script import DataError, UsageError, choose_device
+from common.device import choose_device
+from common.script import DataError, UsageError
 
 Result = TypeVar("Result")
 

@@ -1,4 +1,4 @@
-"""A network whose weights, gradients and moments are divided among the processes: PyTorch's FSDP2."""
+"""A network (model.py's GPT) whose weights, gradients and moments are divided among the processes: PyTorch's FSDP2."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import warnings
 from typing import TypeVar
 
 import torch
-from torch import Tensor
-
-from model import GPT
+from torch import Tensor, nn
 
 # torch.distributed.fsdp and .tensor take a second to import, which scripts that divide nothing need not wait
 
 Value = TypeVar("Value")
 
 
-def shard(gpt: GPT) -> None:
+def shard(gpt: nn.Module) -> None:
     """Leave each process its rows of every weight, on its device; a block's weights are gathered while it is computed.
 
     Each process calls this with the same weights, on the CPU.
@@ -40,13 +38,13 @@ def gather(value: Value, device: torch.device) -> Value:
     return value.full_tensor().to(device) if is_divided(value) else value
 
 
-def gather_gpt(gpt: GPT, device: torch.device) -> GPT:
+def gather_gpt(gpt: nn.Module, device: torch.device) -> nn.Module:
     """A whole copy, on a device, of a network that is divided; any other network itself. All processes call this."""
     weights = gpt.state_dict()
     if not is_divided(weights["lm_head.weight"]):
         return gpt
     with torch.device("meta"):
-        whole = GPT(gpt.config)
+        whole = type(gpt)(gpt.config)  # FSDP's class makes one of the network's own
     whole.load_state_dict({name: gather(weight, device) for name, weight in weights.items()}, assign=True)
     whole.lm_head.weight = whole.transformer.wte.weight  # assigning unties them
     return whole

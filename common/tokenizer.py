@@ -12,7 +12,7 @@ from pathlib import Path
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's pattern, which splits a text into words
 
-from common.files import atomic_write, sha256, write_json
+from common.files import first_difference, read_json, read_text, sha256, write_json
 from common.script import DataError
 
 N_TOKENS = 50257
@@ -80,9 +80,40 @@ def decode_stream(tokens: Iterable[int]) -> Iterator[str]:
 def save_tokenizer(directory: Path, block_size: int) -> None:
     """Write the tokenizer's files into a checkpoint directory, as transformers' AutoTokenizer reads them."""
     for name in SHA256:
-        with atomic_write(directory / name) as temporary:
-            shutil.copyfile(VOCABULARY / name, temporary)
+        shutil.copyfile(VOCABULARY / name, directory / name)
     end_of_text = encoding().decode([END_OF_TEXT])
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, "add_prefix_space": False}
-    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)
+    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), end_of_text)
     write_json(directory / "tokenizer_config.json", settings)
+
+
+def require_gpt2_tokenizer(directory: Path) -> None:
+    """Raise DataError, which names a difference, if a model's directory has a tokenizer that is not GPT-2's."""
+    expected = {name: read_vocabulary(VOCABULARY / name) for name in SHA256}
+    expected["tokenizer.json"] = expected["vocab.json"] | expected["merges.txt"]
+    for name, vocabulary in expected.items():
+        path = directory / name
+        difference = path.exists() and first_difference(read_vocabulary(path), vocabulary)
+        if difference:
+            raise DataError(f"{path} is not GPT-2's ({difference}): its model cannot be used here")
+
+
+def read_vocabulary(path: Path) -> dict[str, object]:
+    """The ids of a file's tokens and the ranks of its merges, which have a space inside; raises DataError."""
+    if path.name == "merges.txt":
+        lines = read_text(path).split("\n")
+        return ranks(line for line in lines if line and not line.startswith("#version"))
+    content = read_json(path)
+    added = path.with_name("added_tokens.json")
+    if path.name == "vocab.json":
+        return content | (read_json(added) if added.exists() else {})
+    try:
+        model = content["model"]
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        return model["vocab"] | ranks(merges) | {token["content"]: token["id"] for token in content["added_tokens"]}
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{path} is not a tokenizer of GPT-2's kind: {error!r}") from None
+
+
+def ranks(merges: Iterable[str]) -> dict[str, int]:
+    return {merge: rank for rank, merge in enumerate(merges)}

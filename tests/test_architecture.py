@@ -119,7 +119,7 @@ def reached_from(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["fineweb", "plot", "common.shards", "common.log", "common.tokenizer", "common.files"]
+    "module", ["fineweb", "plot", "common.shards", "common.log", "common.reference", "common.tokenizer", "common.files"]
 )
 def test_what_handles_text_and_files_imports_no_torch_even_through_others(module):
     for reached in reached_from(module):

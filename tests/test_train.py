@@ -23,7 +23,7 @@ import hellaswag
 import plot
 import sample
 import train_gpt2
-from common import tokenizer
+from common import reference, tokenizer
 from common.batches import Batches
 from common.huggingface import load_gpt, save_gpt
 from common.processes import World
@@ -579,7 +579,8 @@ def test_a_model_that_cannot_be_trained_on_is_refused(shards, tmp_path, flags, v
 def test_a_larger_models_recipe_is_taken_for_its_weights(tmp_path):
     save_gpt(GPT(GPTConfig(block_size=32, n_layer=3, n_head=2, n_embd=16)), tmp_path / "deeper")
     config = parse_config(["--init_from", "deeper"], None)
-    assert config == replace(RECIPES["gpt2"], init_from="deeper", max_lr=RECIPES["gpt2"].max_lr / 10)
+    whole = RECIPES["gpt2"]
+    assert config == replace(whole, init_from="deeper", max_lr=whole.max_lr / 10, muon_lr=whole.muon_lr / 10)
 
 
 def test_missing_and_damaged_shards_are_named(shards, tmp_path):
@@ -635,3 +636,20 @@ def test_shards_without_a_manifest_can_be_trained_on(shards, tmp_path):
     (shards / "edufineweb_train_000001.npy").unlink()
     with pytest.raises(DataError, match="edufineweb_train_000001"):
         train(tiny_config(out_dir="other"))
+
+
+@pytest.mark.parametrize(("max_lr", "beside"), [(1e-2, [4, 8]), (2e-2, [])])
+def test_a_run_with_the_others_settings_shows_and_draws_them_beside_its_own(
+    shards, tmp_path, capsys, monkeypatch, max_lr, beside
+):
+    data = {"source": load_manifest(shards)["source"], "val_tokens": 500, "train_tokens": 2500}
+    rows = [[4, 1.5, 0.1], [8, 1.4, 0.1]]
+    reference_file = {"settings": {"max_lr": 1e-2, "min_lr": 1e-3}, "data": data}
+    reference_file |= dict.fromkeys(reference.SCORES, rows)
+    monkeypatch.setattr(reference, "read_reference", lambda: reference_file)
+    train(tiny_config(max_lr=max_lr))
+    printed = capsys.readouterr().out.splitlines()
+    shown = [line for line in printed if "(others: " in line]
+    assert [int(line.split()[1]) for line in shown] == beside
+    assert sum("is far from" in line for line in printed) == bool(beside)
+    assert list(records(tmp_path / "log", "reference").values()) == [bool(beside)]
