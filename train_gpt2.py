@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -153,7 +152,7 @@ class Trainer:
 
     def reduce_gradients(self, enabled: bool) -> None:
         """Whether the next backward pass adds up the gradients of all processes."""
-        if isinstance(self.model, FSDPModule):
+        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP
             self.model.set_requires_gradient_sync(enabled)
         else:
             self.model.require_backward_grad_sync = enabled  # read by DDP in the forward pass
