@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -153,7 +152,7 @@ class Trainer:
 
     def reduce_gradients(self, enabled: bool) -> None:
         """Whether the next backward pass adds up the gradients of all processes."""
-        if isinstance(self.model, FSDPModule):
+        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP
             self.model.set_requires_gradient_sync(enabled)
         else:
             self.model.require_backward_grad_sync = enabled  # read by DDP in the forward pass
@@ -322,7 +321,7 @@ def write_samples(trainer: Trainer, prompt: str) -> dict[str, float]:
 @torch.no_grad()
 def largest_attention_logit(trainer: Trainer, val: Shard) -> dict[str, float]:
     """The largest of any layer and head on the val shard's first row; where it keeps growing, training may diverge."""
-    gpt, logits = trainer.state.gpt, []
+    gpt, logits = gather_gpt(trainer.state.gpt, trainer.world.device), []
 
     def record(module: nn.Module, inputs: tuple, projections: Tensor) -> None:
         q, k, _ = projections.unflatten(2, (3, gpt.config.n_head, -1)).unbind(2)  # (1, T, H, D)

@@ -1,4 +1,4 @@
-"""A network whose weights, gradients and moments are divided among the processes: PyTorch's FSDP2."""
+"""A network (model.py's GPT) whose weights, gradients and moments are divided among the processes: PyTorch's FSDP2."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def gather_gpt(gpt: nn.Module, device: torch.device) -> nn.Module:
     if not is_divided(weights["lm_head.weight"]):
         return gpt
     with torch.device("meta"):
-        whole = type(gpt)(gpt.config)
+        whole = type(gpt)(gpt.config)  # FSDP's class makes one of the network's own
     whole.load_state_dict({name: gather(weight, device) for name, weight in weights.items()}, assign=True)
     whole.lm_head.weight = whole.transformer.wte.weight  # assigning unties them
     return whole

@@ -1,6 +1,7 @@
 """With --shard a run computes, logs and saves what it does without, and each process holds its part alone."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -32,7 +33,7 @@ SETTINGS = {
     "save_every": 15,
 }
 
-MUON = {"optimizer": "muon", "hellaswag_every": 0, "sample_every": 0}
+MUON = {"optimizer": "muon", "schedule": "linear", "total_batch_size": 64, "max_steps": 4, "attention_every": 4}
 
 RUNS = """
 import contextlib, json, sys
@@ -83,13 +84,24 @@ def train_together(directory, processes, *runs):
     return finished.stdout
 
 
-def train_alone(**changes):
+def clip_in_double(parameters, max_norm):
+    """Clipping by the definition: torch's norm in fp32 of an embedding's gradient is off by 1e-4 on a CPU."""
+    gradients = [parameter.grad for parameter in parameters]
+    norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
+    for gradient in gradients:
+        gradient *= min(1.0, max_norm / norm)
+    return torch.tensor(norm)
+
+
+def train_alone(settings, **changes):
+    """Train in this process, to compare with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plot, "draw", lambda directory: None)
         patch.setitem(PRESETS, "debug", SIZES)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_in_double)
         patch.setattr(hellaswag, "FILE", Path("examples.jsonl"))
         patch.setattr(hellaswag, "download", lambda: hellaswag.FILE)
-        train(tiny_config(**(SETTINGS | changes)))
+        train(tiny_config(**(settings | changes)))
 
 
 def interrupt(run, copy):
@@ -114,8 +126,8 @@ def runs(built_shards, tmp_path_factory):
     write_hellaswag(directory / "examples.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
-        train_alone(out_dir="one")
-        train_alone(out_dir="muon_one", **MUON)
+        train_alone(SETTINGS, out_dir="one")
+        train_alone(MUON, out_dir="one_muon")
         interrupt(directory / "one", directory / "divided_from_one")
         divided = SETTINGS | {"shard": True}
         printed = train_together(
@@ -123,33 +135,34 @@ def runs(built_shards, tmp_path_factory):
             2,
             divided | {"out_dir": "divided", "activation_checkpointing": True},
             divided | {"out_dir": "divided_from_one", "resume": True, "sample_every": 0},
-            divided | {"out_dir": "muon_divided"} | MUON,
+            MUON | {"out_dir": "divided_muon", "shard": True},
             SETTINGS | {"out_dir": "whole", "max_steps": 1, "sample_every": 0, "hellaswag_every": 0},
         )
         (directory / "printed").write_text(printed)
         interrupt(directory / "divided", directory / "one_from_divided")
-        train_alone(out_dir="one_from_divided", resume=True)
+        train_alone(SETTINGS, out_dir="one_from_divided", resume=True)
     return directory
 
 
 LOGGED = ("loss", "val_loss", "norm", "hellaswag_nanogpt_acc_norm", "hellaswag_lm_eval_acc")
 
 
-def assert_same_run(run, expected, keys=LOGGED, tolerance=1e-4):
+def assert_same_run(run, expected, keys=LOGGED):
     """The same batches, and losses and norms that differ by rounding."""
     assert records(run, "batch") == records(expected, "batch")
     for key in keys:
         assert len(records(run, key)) >= 3
-        assert records(run, key) == pytest.approx(records(expected, key), abs=tolerance), key
+        assert records(run, key) == pytest.approx(records(expected, key), abs=1e-4), key
 
 
 def test_losses_and_norms_of_30_steps_equal_those_of_one_process(runs):
     assert_same_run(runs / "divided", runs / "one")
 
 
-def test_muon_needs_whole_matrices_and_gives_the_losses_of_one_process(runs):
-    """To the rounding of its updates, which are computed in bf16."""
-    assert_same_run(runs / "muon_divided", runs / "muon_one", ("loss", "val_loss", "norm"), tolerance=1e-3)
+def test_muon_trains_as_in_one_process(runs):
+    for key in ("loss", "attention_logit"):
+        expected = records(runs / "one_muon", key)
+        assert expected and records(runs / "divided_muon", key) == pytest.approx(expected, abs=1e-3), key
 
 
 @pytest.mark.parametrize("resumed", ["divided_from_one", "one_from_divided"])
@@ -169,7 +182,7 @@ def test_the_main_process_alone_writes_samples(runs):
 
 
 def test_gradients_are_reduced_with_the_last_micro_batch_alone(runs):
-    """As each micro-batch begins, of which some steps have two, this process's part of the gradients is still zero."""
+    """As each micro-batch begins, of which some steps have two, a process's part of the reduced gradients is zero."""
     reduced = json.loads((runs / "divided" / "reduced").read_text())
     assert len(reduced) > 30 and not any(reduced)
 
@@ -199,12 +212,12 @@ def test_a_run_goes_through_one_two_and_four_processes_with_and_without_shard(bu
     """Killed after each checkpoint, it has the batches and losses of one process that was never stopped."""
     shutil.copytree(built_shards(6000, 1000), tmp_path / "shards")
     settings = {"batch_size": 1, "save_every": 5, "sample_every": 0, "hellaswag_every": 0, "resume": True}
-    train_alone(**settings, out_dir="one")
+    train_alone(SETTINGS | settings, out_dir="one")
     stages = [(4, True), (2, True), (4, False), (2, True), (1, False), (4, True)]
     for number, (processes, shard) in enumerate(stages, 1):
         changes = settings | {"out_dir": "log", "shard": shard}
         if processes == 1:
-            train_alone(**changes)
+            train_alone(SETTINGS | changes)
         else:
             train_together(tmp_path, processes, SETTINGS | changes)
         for later in range(5 * number + 5, 31, 5):
@@ -217,7 +230,7 @@ def test_a_run_goes_through_one_two_and_four_processes_with_and_without_shard(bu
 def test_compiled_blocks_give_the_losses_of_one_process(built_shards, tmp_path, dtype, compile, tolerance):
     shutil.copytree(built_shards(6000, 1000), tmp_path / "shards")
     settings = {"sample_every": 0, "hellaswag_every": 0}
-    train_alone(**settings, out_dir="one")
+    train_alone(SETTINGS | settings, out_dir="one")
     changes = {"out_dir": "divided", "shard": True, "dtype": dtype, "compile": compile}
     train_together(tmp_path, 2, SETTINGS | settings | changes)
     for key in ("loss", "val_loss"):
