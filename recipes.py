@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -237,3 +238,29 @@ def refuse_changes(saved: dict, config: TrainConfig) -> None:
         if getattr(config, name) != saved.get(name, getattr(config, name)):
             begun = f"the run in --out_dir {config.out_dir} was begun with {saved[name]}"
             raise UsageError(f"--{name} {getattr(config, name)}, but {begun}")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of the step that follows `step` steps: linear warm-up to max_lr, later a decay to min_lr at max_steps.
+
+    The decay is a cosine over all that follows the warm-up, or linear over the last decay_fraction of the run.
+    """
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    decay_steps = config.max_steps - config.warmup_steps
+    if config.schedule == "linear":
+        decay_steps = min(decay_steps, config.decay_fraction * config.max_steps)
+    left = min(max(config.max_steps - step, 0) / max(1, decay_steps), 1.0)
+    above_min = left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    return config.min_lr + (config.max_lr - config.min_lr) * above_min
+
+
+def batch_tokens(config: TrainConfig, position: int) -> int:
+    """Tokens of the optimizer step at a position: GPT-3's linear ramp, in whole multiples of initial_batch_size.
+
+    With that unit the ramp is the same for any micro-batch and number of processes.
+    """
+    if position >= config.batch_ramp_tokens:
+        return config.total_batch_size
+    grown = (config.total_batch_size - config.initial_batch_size) * position // config.batch_ramp_tokens
+    return config.initial_batch_size + grown // config.initial_batch_size * config.initial_batch_size

@@ -25,8 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recomputed
 
 import fineweb
 import hellaswag
@@ -44,11 +42,11 @@ from common.muon import Muon
 from common.processes import World, start_processes, stop_signals
 from common.reference import Comparison
 from common.script import DataError, UsageError
-from common.sharding import gather, gather_gpt, shard
+from common.sharding import gather, gather_gpt, wrap
 from common.shards import SAMPLE_DATA, Shard, Shards, load_manifest, open_shards
 from common.tokenizer import END_OF_TEXT, decode, encode
 from model import GPT, GPTConfig
-from recipes import TrainConfig
+from recipes import TrainConfig, batch_tokens, learning_rate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ATTENTION = {
@@ -84,33 +82,7 @@ def read_batches(trainer: Trainer, shards: Shards) -> Iterator[Batch]:
     return fineweb.prefetch(batches.read(state.position, config.batch_size, size_at, trainer.world), 1)
 
 
-# ---- schedules, optimizer, training step -----------------------------------------------------------------------------
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of the step that follows `step` steps: linear warm-up to max_lr, later a decay to min_lr at max_steps.
-
-    The decay is a cosine over all that follows the warm-up, or linear over the last decay_fraction of the run.
-    """
-    if step < config.warmup_steps:
-        return config.max_lr * (step + 1) / config.warmup_steps
-    decay_steps = config.max_steps - config.warmup_steps
-    if config.schedule == "linear":
-        decay_steps = min(decay_steps, config.decay_fraction * config.max_steps)
-    left = min(max(config.max_steps - step, 0) / max(1, decay_steps), 1.0)
-    above_min = left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
-    return config.min_lr + (config.max_lr - config.min_lr) * above_min
-
-
-def batch_tokens(config: TrainConfig, position: int) -> int:
-    """Tokens of the optimizer step at a position: GPT-3's linear ramp, in whole multiples of initial_batch_size.
-
-    With that unit the ramp is the same for any micro-batch and number of processes.
-    """
-    if position >= config.batch_ramp_tokens:
-        return config.total_batch_size
-    grown = (config.total_batch_size - config.initial_batch_size) * position // config.batch_ramp_tokens
-    return config.initial_batch_size + grown // config.initial_batch_size * config.initial_batch_size
+# ---- optimizer, training step ----------------------------------------------------------------------------------------
 
 
 def make_optimizer(gpt: GPT, config: TrainConfig) -> torch.optim.Optimizer:
@@ -162,7 +134,7 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     """Put the network on the device, wrapped, and give it an optimizer."""
     if world.device.type == "cpu":
         keep_freed_memory()
-    model = wrap(config, world, gpt)
+    model = wrap(gpt, world, config.compile, config.shard, config.activation_checkpointing)
     optimizer = make_optimizer(gpt, config)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # the schedule scales each group's own
@@ -170,27 +142,6 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     assert sorted(grouped) == sorted(map(id, gpt.parameters())), "every parameter belongs in exactly one group"
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
     return Trainer(config, world, TrainingState(gpt, optimizer, scaler), model)
-
-
-def wrap(config: TrainConfig, world: World, gpt: GPT) -> nn.Module:
-    """Put the network on the device, and wrap it for speed, for memory and for several processes."""
-    compiled = partial(torch.compile, fullgraph=True, dynamic=False, disable=not config.compile)
-    if config.activation_checkpointing:
-        recompute_blocks(gpt)
-    if config.shard and world.size > 1:
-        for block in gpt.transformer.h:  # one by one: between them, weights are gathered
-            block.forward = compiled(block.forward)
-        gpt.logits_and_loss = compiled(gpt.logits_and_loss)
-        shard(gpt)
-        return gpt
-    model = compiled(gpt.to(world.device))
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
-
-
-def recompute_blocks(gpt: GPT) -> None:
-    """Let each block keep its input alone for the backward pass, which computes the rest again."""
-    for block in gpt.transformer.h:
-        block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
 
 def training_step(trainer: Trainer, micro_batches: Tensor) -> tuple[float, float]:

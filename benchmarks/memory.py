@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from common.script import parse_flags, run
+from common.sharding import recompute_blocks
 from common.tokenizer import N_TOKENS
 from model import GPT, PRESETS, GPTConfig
 from recipes import Size
-from train_gpt2 import recompute_blocks
 
 GIGABYTES = (24, 40, 80)
 CARDS = (2, 4, 8)

@@ -1,16 +1,42 @@
-"""A network (model.py's GPT) whose weights, gradients and moments are divided among the processes: PyTorch's FSDP2."""
+"""The network (model.py's GPT) on several processes: whole on each (DDP), or divided among them (FSDP2)."""
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from common.processes import World
 
 # torch.distributed.fsdp and .tensor take a second to import, which scripts that divide nothing need not wait
 
 Value = TypeVar("Value")
+
+
+def wrap(gpt: nn.Module, world: World, compile: bool, divide: bool, recompute: bool) -> nn.Module:
+    """The network on this process's device, compiled, for several processes: divided among them, or whole on each."""
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False, disable=not compile)
+    if recompute:
+        recompute_blocks(gpt)
+    if divide and world.size > 1:
+        for block in gpt.transformer.h:  # one by one: between them, weights are gathered
+            block.forward = compiled(block.forward)
+        gpt.logits_and_loss = compiled(gpt.logits_and_loss)
+        shard(gpt)
+        return gpt
+    model = compiled(gpt.to(world.device))
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+
+
+def recompute_blocks(gpt: nn.Module) -> None:
+    """Let each block keep its input alone for the backward pass, which computes the rest again."""
+    for block in gpt.transformer.h:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def shard(gpt: nn.Module) -> None:

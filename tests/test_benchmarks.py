@@ -12,9 +12,9 @@ from conftest import ROOT
 
 from benchmarks import batches, checkpoint, generate, memory, train
 from common.script import UsageError
+from common.sharding import recompute_blocks
 from common.tokenizer import N_TOKENS
 from model import GPT, PRESETS, GPTConfig
-from train_gpt2 import recompute_blocks
 
 SIZES = GPTConfig(block_size=128, n_layer=3, n_head=2, n_embd=64)
 

@@ -22,8 +22,8 @@ from common.processes import World
 from common.script import UsageError
 from common.shards import open_shards
 from model import GPT
-from recipes import MUON_RECIPES, RECIPES, TrainConfig, fill_defaults, parse_config
-from train_gpt2 import learning_rate, make_optimizer, train, training_step
+from recipes import MUON_RECIPES, RECIPES, TrainConfig, fill_defaults, learning_rate, parse_config
+from train_gpt2 import make_optimizer, train, training_step
 
 CPU = torch.device("cpu")
 MUON = TrainConfig(optimizer="muon", weight_decay=0.05)

@@ -30,8 +30,8 @@ from common.processes import World
 from common.script import DataError, UsageError
 from common.shards import load_manifest, open_shards, save_manifest
 from model import GPT, GPTConfig
-from recipes import RECIPES, TrainConfig, fill_defaults, parse_config
-from train_gpt2 import batch_tokens, learning_rate, train
+from recipes import RECIPES, TrainConfig, batch_tokens, fill_defaults, learning_rate, parse_config
+from train_gpt2 import train
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
