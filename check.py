@@ -30,13 +30,12 @@ from common.processes import World, start_processes
 from common.script import DataError, UsageError
 from common.shards import FULL_DATA, Shard, open_shards
 from model import PRESETS
-from recipes import RECIPES, Size, TrainConfig
 from train_gpt2 import ATTENTION, DTYPES
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    model: Size | None = None  # size whose recipe is checked; None: gpt2 on a CUDA device, else debug
+    model: recipes.Size | None = None  # size whose recipe is checked; None: gpt2 on a CUDA device, else debug
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
     compile: bool | None = None  # check the compiled model too; None: on a CUDA device
     data_dir: str | None = None  # shards; None: those that training would take
@@ -55,7 +54,7 @@ class Finding:
 class Check:
     """What the parts of the check share."""
 
-    config: TrainConfig  # the recipe; from `training` on, in the fastest way
+    config: recipes.TrainConfig  # the recipe; from `training` on, in the fastest way
     world: World
     directory: Path  # temporary
     tokens: Shard  # the same on every machine
@@ -129,7 +128,7 @@ def exactness(check: Check) -> Iterator[Finding]:
         yield compare(check, check.config, check.world)
 
 
-def compare(check: Check, way: TrainConfig, world: World) -> Finding:
+def compare(check: Check, way: recipes.TrainConfig, world: World) -> Finding:
     distance, tolerance = fixed.gradient_distance(way, world, check.tokens)
     distances = speed.on_ranks(check.world, distance)
     wrong = [rank for rank, distance in enumerate(distances) if not distance <= tolerance]  # as NaN is not
@@ -229,9 +228,9 @@ def run(config: CheckConfig) -> bool:
         world = stack.enter_context(start_processes(config.device, timeout=600))
         if fixed.ROWS % world.size:
             raise UsageError(f"{world.size} processes: start 1, 2, 4 or 8, on one machine at a time")
-        model = config.model or recipes.default_model(world.device)
-        recipe = replace(RECIPES[model], data_dir=config.data_dir, out_dir=config.out_dir, compile=config.compile)
-        recipe = recipes.fill_defaults(recipe, world.device, PRESETS[model])
+        recipe = recipes.recipe(config.model or recipes.default_model(world.device), optimizer=None)
+        recipe = replace(recipe, data_dir=config.data_dir, out_dir=config.out_dir, compile=config.compile)
+        recipe = recipes.fill_defaults(recipe, world.device, PRESETS[recipe.model])
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=existing(config.out_dir))))
         check = Check(recipe, world, directory, fixed.made_tokens(directory), config.dollars_per_hour)
         wrong = []

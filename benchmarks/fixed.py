@@ -1,6 +1,6 @@
 """Short computations that come to the same on every machine, and what they come to: common/check.json, for check.py.
 
-python -m benchmarks.fixed    (writes it anew: on a CPU, in float32, not compiled; ten minutes on two cores)
+python -m benchmarks.fixed    (writes it anew: on a CPU, in float32, not compiled; five minutes on two cores)
 
 The weights are drawn by NumPy's RandomState, whose numbers never change (NEP 19), and the tokens made by integers.
 """
@@ -28,7 +28,8 @@ from recipes import RECIPES, Size, TrainConfig
 from train_gpt2 import Trainer
 
 FILE = Path(__file__).resolve().parent.parent / "common" / "check.json"
-SMALL = GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=128)
+BLOCK_SIZE = 256  # tokens in a row
+SMALL = GPTConfig(block_size=BLOCK_SIZE, n_layer=2, n_head=2, n_embd=128)
 STEPS = {"debug": 20, "gpt2": 10}
 ROWS = 8  # in a batch, which the processes divide
 # The largest relative difference from the file that is right. Eager and compiled, by two attention backends, up to 3e-7
@@ -61,12 +62,11 @@ def fixed_gpt(sizes: GPTConfig, scale: float = 0.035) -> GPT:
 
 def fixed_config(model: Size, config: TrainConfig, world: World) -> TrainConfig:
     """A size's recipe with small batches and its schedule in a few steps, in the type and the way of `config`."""
-    steps, block_size = STEPS[model], PRESETS[model].block_size
     way = {name: getattr(config, name) for name in ("dtype", "compile", "attention", "data_dir")}
-    batch_size = max(1, 2048 // block_size // world.size)
-    batch = {"batch_size": batch_size, "total_batch_size": ROWS * block_size, "val_tokens": ROWS * block_size}
-    fixed = replace(RECIPES[model], max_steps=steps, warmup_steps=steps // 2, max_lr=6e-4, **batch, **way)
-    return recipes.fill_defaults(fixed, world.device, PRESETS[model])
+    tokens = {"block_size": BLOCK_SIZE, "total_batch_size": ROWS * BLOCK_SIZE, "val_tokens": ROWS * BLOCK_SIZE}
+    steps, batch_size = STEPS[model], max(1, ROWS // 2 // world.size)
+    fixed = replace(RECIPES[model], batch_size=batch_size, max_steps=steps, warmup_steps=steps // 2, **tokens, **way)
+    return recipes.fill_defaults(replace(fixed, max_lr=6e-4), world.device, PRESETS[model])
 
 
 def train_steps(trainer: Trainer, tokens: Shard, steps: int, batch_tokens: int) -> list[float]:
@@ -80,8 +80,8 @@ def train_steps(trainer: Trainer, tokens: Shard, steps: int, batch_tokens: int) 
 def loss_and_gradient(config: TrainConfig, world: World, tokens: Shard) -> dict[str, float]:
     """The small network's loss, and for each parameter the norm of its gradient; raises UsageError for --attention."""
     config = fixed_config("debug", config, world)
-    rows = Batches([tokens], SMALL.block_size, config.seed, shuffle=False)
-    batch = next(rows.read(0, config.batch_size, lambda position: ROWS * SMALL.block_size, world))
+    rows = Batches([tokens], BLOCK_SIZE, config.seed, shuffle=False)
+    batch = next(rows.read(0, config.batch_size, lambda position: config.total_batch_size, world))
     torch.compiler.reset()
     with train_gpt2.attention_backend(config, world.device):
         trainer = train_gpt2.make_trainer(config, world, fixed_gpt(SMALL, scale=0.2))

@@ -72,17 +72,26 @@ def compute_capability(architecture: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
-# Dense bf16 (fp16 for the oldest) FLOP/s by the vendors' data sheets, found by a part of the device's name
+# Dense bf16 (V100: fp16) tensor FLOP/s, summed in fp32; data sheets that give it with sparsity are halved
 PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,
+    "GB200": 2500e12,  # GB200 NVL72 data sheet: 5 PFLOPS a GPU with sparsity
+    "B200": 2250e12,  # HGX B200 data sheet: 4.5 PFLOPS a GPU with sparsity
+    "GH200": 989e12,  # GH200 data sheet: 1,979 TFLOPS with sparsity
+    "H200 NVL": 835e12,  # H200 data sheet: 1,671 with sparsity
+    "H200": 989e12,  # H200 data sheet: 1,979 with sparsity
+    "H100 NVL": 835e12,  # H100 data sheet: 1,671 with sparsity
+    "H100 PCIe": 756e12,  # H100 data sheet: 1,513 with sparsity
+    "H100": 989e12,  # H100 data sheet, SXM: 1,979 with sparsity
+    "A100": 312e12,  # A100 data sheet
+    "A10": 125e12,  # A10 data sheet
+    "L40S": 362e12,  # L40S data sheet: 362.05
+    "L4": 121e12,  # L4 data sheet: 242 with sparsity
+    "RTX 5090": 209e12,  # RTX Blackwell whitepaper: 209.5
+    "RTX 4090": 165e12,  # Ada whitepaper: 165.2
+    "RTX 3090": 71e12,  # GA102 whitepaper
+    "V100": 125e12,  # V100 data sheet, SXM2
 }
+OTHER_CARDS = r"(?! (?:Ti|D|Laptop)\b)"  # an RTX 3090 Ti is no RTX 3090
 
 
 def device_name(device: torch.device) -> str:
@@ -91,7 +100,8 @@ def device_name(device: torch.device) -> str:
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's peak FLOP/s, None where it is not known."""
-    return next((v for name, v in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name(device))), None)
+    found = (rate for name, rate in PEAK_FLOPS.items() if re.search(rf"\b{name}\b{OTHER_CARDS}", device_name(device)))
+    return next(found, None)
 
 
 def keep_freed_memory() -> None:
