@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -19,25 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from common.files import MANIFEST, changed_files, flush, read_json, sha256, write_json
-from common.huggingface import load_tensors, save_gpt, save_tensors
+from common.huggingface import gpt2_shapes, load_tensors, save_gpt, save_tensors
 from common.processes import World
 from common.script import DataError, UsageError
 from common.sharding import divide_like, gather, gather_gpt
 from common.tokenizer import save_tokenizer
 
 NEEDED = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json")  # to resume
-# What trainer.json always holds, by its types
-RECORD = {
-    "step": 0,
-    "tokens": 0,
-    "position": 0,
-    "skipped": [0, 0],
-    "scores": {},
-    "scaler": {},
-    "config": {},
-    "data": [],
-    "versions": {},
-}
 
 
 @dataclass
@@ -160,11 +149,10 @@ MODEL_CARD = Path(__file__).with_name("model_card.md")
 
 def model_card(state: TrainingState, init_from: str | None, max_steps: int, source: dict) -> str:
     """README.md as the Hugging Face Hub shows it: how the model was made, how good it is, how to load it."""
-    padding = (state.gpt.config.padded_vocab_size - state.gpt.config.vocab_size) * state.gpt.config.n_embd
     return MODEL_CARD.read_text(encoding="utf-8").format(
         **asdict(state.gpt.config),
         datasets=f"datasets: {json.dumps([source['dataset']])}\n" if "dataset" in source else "",
-        parameters=sum(parameter.numel() for parameter in state.gpt.parameters()) - padding,
+        parameters=sum(map(math.prod, gpt2_shapes(state.gpt.config).values())),
         init_from=init_from or "random weights",
         step=state.step,
         max_steps=max_steps,
@@ -251,12 +239,13 @@ def read_record(directory: Path) -> dict:
 
 def check_record(record: dict, step: int) -> None:
     """Raise LookupError, TypeError or ValueError unless trainer.json can be that of a run at this step."""
-    require_types(record, RECORD)
+    require_types(record, {"skipped": [], "scores": {}, "scaler": {}, "config": {}, "data": [], "versions": {}})
     for score in record["scores"].values():
         require_types(score, [0, 0.0])
     skipped, skipped_in_a_row = record["skipped"][:2]
-    # at an epoch's end, a step passes over fewer tokens than it trains on
-    growing = [0, skipped_in_a_row, skipped, step, record["tokens"], record["position"], 2 * record["tokens"], 2**63]
+    counts = [skipped_in_a_row, skipped, record["step"], record["tokens"], record["position"]]
+    require_types(counts, [0] * 5)
+    growing = [0, *counts, 2 * record["tokens"], 2**63]  # at an epoch's end, a step passes over less than it trains on
     if record["step"] != step or growing != sorted(growing):
         raise ValueError("its step, skipped, tokens and position cannot be")
 
@@ -275,8 +264,12 @@ def require_types(content: object, example: object) -> None:
 def restore(state: TrainingState, directory: Path, record: dict) -> None:
     """Put back what a checkpoint holds, but for the model's weights; raises DataError if it does not fit."""
     tensors = load_tensors(directory / "optimizer.safetensors")
+    device = state.gpt.lm_head.weight.device
     try:
-        restore_random_states(tensors, state.gpt.lm_head.weight.device)
+        torch.set_rng_state(tensors.pop("random.cpu"))
+        cuda = tensors.pop("random.cuda", None)
+        if cuda is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, device)
         restore_optimizer(state, tensors | record.get("optimizer", {}), record.get("param_groups"))
         if state.scaler.is_enabled() and record["scaler"]:
             require_types(record["scaler"], state.scaler.state_dict())
@@ -288,14 +281,6 @@ def restore(state: TrainingState, directory: Path, record: dict) -> None:
     state.step, state.tokens, state.position = record["step"], record["tokens"], record["position"]
     state.skipped, state.skipped_in_a_row = record["skipped"][:2]
     state.scores = record["scores"]
-
-
-def restore_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Set torch's generators to the states among a checkpoint's tensors, which are taken out."""
-    torch.set_rng_state(tensors.pop("random.cpu"))
-    cuda = tensors.pop("random.cuda", None)
-    if cuda is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(cuda, device)
 
 
 def restore_optimizer(state: TrainingState, values: dict[str, Tensor | float], groups: list[dict] | None) -> None:
