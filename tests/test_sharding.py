@@ -220,9 +220,11 @@ def test_a_run_goes_through_one_two_and_four_processes_with_and_without_shard(bu
             train_alone(SETTINGS | changes)
         else:
             train_together(tmp_path, processes, SETTINGS | changes)
+        if number == 1:
+            assert_same_run(tmp_path / "log", tmp_path / "one", ("loss", "val_loss", "norm"))
         for later in range(5 * number + 5, 31, 5):
             shutil.rmtree(tmp_path / "log" / f"step_{later:06d}")
-    assert_same_run(tmp_path / "log", tmp_path / "one", ("loss", "val_loss", "norm"))
+    assert_same_run(tmp_path / "log", tmp_path / "one", ("loss", "val_loss"))
 
 
 @pytest.mark.slow

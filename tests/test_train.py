@@ -367,7 +367,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_a_log_and_a_picture(shards, tmp_pa
     names = {path.name for path in (tmp_path / "log" / "step_000024").iterdir()}
     assert names == {
         *("config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json", "README.md"),
-        *("optimizer.safetensors", "trainer.json", "MANIFEST.json"),
+        *("generation_config.json", "optimizer.safetensors", "trainer.json", "MANIFEST.json"),
     }
     assert len(load_file(tmp_path / "log" / "step_000024" / "model.safetensors")["transformer.wte.weight"]) == 50257
     printed = capsys.readouterr().out
