@@ -42,7 +42,7 @@ from common.muon import Muon
 from common.processes import World, start_processes, stop_signals
 from common.reference import Comparison
 from common.script import DataError, UsageError
-from common.sharding import gather, gather_gpt, wrap
+from common.sharding import gather, gather_gpt, settle_gradients, wrap
 from common.shards import SAMPLE_DATA, Shard, Shards, load_manifest, open_shards
 from common.tokenizer import END_OF_TEXT, decode, encode
 from model import GPT, GPTConfig
@@ -141,7 +141,11 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(map(id, gpt.parameters())), "every parameter belongs in exactly one group"
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
-    return Trainer(config, world, TrainingState(gpt, optimizer, scaler), model)
+    trainer = Trainer(config, world, TrainingState(gpt, optimizer, scaler), model)
+    if world.size > 1:
+        rows = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=world.device)
+        settle_gradients(model, rows, trainer.autocast())
+    return trainer
 
 
 def training_step(trainer: Trainer, micro_batches: Tensor) -> tuple[float, float]:
@@ -432,19 +436,12 @@ def print_summary(trainer: Trainer, shards: Shards) -> None:
         world.print(f"expected first loss: ln({gpt.config.vocab_size}) = {math.log(gpt.config.vocab_size):.4f}")
 
 
-def flops_per_token(gpt: GPT) -> int:
-    """Forward and backward: 6 for each weight that multiplies, and 12 L C T for attention (PaLM, appendix B)."""
-    config = gpt.config
-    weights = sum(p.numel() for p in gpt.parameters()) - gpt.transformer.wpe.weight.numel()
-    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
-
-
 def log_step(trainer: Trainer, log: Log, batch: Batch, loss: float, norm: float, seconds: float) -> None:
     """Log the last optimizer step."""
     config, state = trainer.config, trainer.state
     tokens = batch.micro_batches[..., 1:].numel() * trainer.world.size
     rate, peak = tokens / seconds, peak_flops(trainer.world.device)
-    mfu = rate * flops_per_token(state.gpt) / (peak * trainer.world.size) if peak else None
+    mfu = rate * state.gpt.flops_per_token() / (peak * trainer.world.size) if peak else None
     lr = state.optimizer.param_groups[0]["lr"]
     left = timedelta(seconds=round(seconds * (config.max_steps - state.step)))
     log.write(
@@ -508,13 +505,13 @@ def train(config: TrainConfig) -> None:
         directory = checkpoint.find_checkpoint(Path(config.out_dir), config.resume, world)
         config, sizes = complete_config(config, world, directory)
         shards = load_shards(config, world)
+        stack.enter_context(attention_backend(config, world.device))
         trainer = resume_run(config, world, directory, shards) if directory else start_run(config, world, sizes)
         state, first_step = trainer.state, trainer.state.step
         print_summary(trainer, shards)
         if first_step >= config.max_steps:
             world.print(f"the run in {config.out_dir} is finished: {first_step} of {config.max_steps} steps")
             return
-        stack.enter_context(attention_backend(config, world.device))
         data = {evaluation.name: evaluation.load(config, world, shards) for evaluation in EVALUATIONS}
         batches = stack.enter_context(contextlib.closing(read_batches(trainer, shards)))
         log = open_log(trainer, shards, clock)

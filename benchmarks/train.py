@@ -95,7 +95,8 @@ def default_way(device: torch.device) -> str:
 
 
 def this_program(settings: TrainConfig, world: World) -> Step:
-    trainer = train_gpt2.make_trainer(settings, world, GPT(PRESETS[settings.model]))
+    with train_gpt2.attention_backend(settings, world.device):
+        trainer = train_gpt2.make_trainer(settings, world, GPT(PRESETS[settings.model]))
 
     def step(rows: Tensor) -> float:
         with train_gpt2.attention_backend(settings, world.device):
@@ -251,7 +252,7 @@ def compare(config: BenchmarkConfig) -> None:
         "torch": torch.__version__,
         "model": config.model,
         "ceiling_flops_per_second": flops,
-        "flops_per_token": train_gpt2.flops_per_token(GPT(PRESETS[config.model])),
+        "flops_per_token": GPT(PRESETS[config.model]).flops_per_token(),
     }
     for key in ("tokens_per_second", "peak_memory_bytes"):
         figures[key] = {way: measured.get(key) for way, measured in ways.items()}

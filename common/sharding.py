@@ -39,6 +39,18 @@ def recompute_blocks(gpt: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def settle_gradients(model: nn.Module, rows: Tensor, autocast: torch.autocast) -> None:
+    """Run one backward pass, on rows (B, T), after which DDP has arranged its buckets of gradients.
+
+    They set the order of its sums: else a resumed run's first step would add in another order than the same step of the
+    uninterrupted run.
+    """
+    with autocast:
+        _, loss = model(rows, rows)
+    loss.backward()
+    model.zero_grad(set_to_none=False)
+
+
 def shard(gpt: nn.Module) -> None:
     """Leave each process its rows of every weight, on its device; a block's weights are gathered while it is computed.
 

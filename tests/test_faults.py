@@ -321,6 +321,19 @@ def test_20_kills_at_random_moments_end_in_the_uninterrupted_runs_parameters(sha
     assert_same_end(directory, tmp_path / "log", 400)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_run_of_four_processes_is_resumed_bit_for_bit(shards, tmp_path, shard):
+    """Unlike that of two processes, a sum of four depends on the order in which it is added."""
+    settings = {"batch_size": 1, "max_steps": 6, "save_every": 3, "shard": shard}
+    directory = run_whole(tmp_path, processes=4, **settings)
+    shutil.copytree(directory, tmp_path / "log")
+    shutil.rmtree(tmp_path / "log" / "step_000006")
+    finished = run_script("train_gpt2.py", *flags(resume=True, **settings), processes=4)
+    assert finished.returncode == 0, finished.stderr
+    assert_same_end(directory, tmp_path / "log", 6)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """Mount a file system of so many bytes: small_disk(size) returns its directory."""
