@@ -81,8 +81,6 @@ def check_config(config: FinewebConfig) -> None:
         raise UsageError(f"--revision {config.revision} is not a commit of 40 hexadecimal digits, which never changes")
     if config.dataset != FINEWEB_EDU and config.revision == FINEWEB_EDU_REVISION:
         raise UsageError(f"--dataset {config.dataset} needs its own --revision")
-    if config.directory.exists() and not config.directory.is_dir():
-        raise UsageError(f"--out_dir {config.directory} is a file: choose a directory")
     if config.max_tokens and config.max_tokens <= config.tokens_per_shard:
         raise UsageError(f"--max_tokens {config.max_tokens} do not fill a second shard: choose a smaller --shard_size")
 

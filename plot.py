@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,8 +95,8 @@ def add_token_axis(axes: Axes, steps: list[int], tokens: list[int]) -> None:
 
 
 def curve(records: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """The steps and values of the records that hold a finite number."""
-    points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+    """The steps and values of the records that hold a number."""
+    points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
     return [step for step, _ in points], [value for _, value in points]
 
 

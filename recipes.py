@@ -27,7 +27,10 @@ MustMatch = Annotated[Value, "must match on resume"]  # a setting that alters a 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run does. The defaults are the 124M reproduction's; RECIPES has those of the other sizes."""
+    """What a run does. The defaults are the 124M reproduction's; RECIPES has those of the other sizes.
+
+    The intervals are such that on eight H100 all but the steps takes 5% of the time (benchmarks/README.md).
+    """
 
     model: MustMatch[Size | None] = None  # size; None: gpt2 on a CUDA device, else debug
     init_from: MustMatch[str | None] = None  # checkpoint, run or Hub model to start from; None: random weights
@@ -56,7 +59,6 @@ class TrainConfig:
     weight_decay: MustMatch[float] = 0.1  # decay of matrices; biases and norms have none
     grad_clip: MustMatch[float] = 1.0  # largest norm of the gradient; 0: no clipping
 
-    # The intervals are such that on eight H100 all but the steps takes 5% of the time (benchmarks/README.md)
     eval_every: int = 500  # optimizer steps between validations; 0: none
     val_tokens: Positive[int] = 20 * 2**19  # tokens of the val shard to validate on, at most
     hellaswag_every: int = 1000  # optimizer steps between HellaSwag scores; 0: none

@@ -67,7 +67,7 @@ def test_an_attention_that_returns_nan_is_found_and_named_with_its_flag(debug_ch
 
 FAULTS = {
     "one rank has another weight": ("fixed.fixed_gpt = wrong if os.environ['RANK'] == '1' else right", [1]),
-    "gradients are not summed": ("train_gpt2.DistributedDataParallel = lambda model, **settings: model", [0, 1]),
+    "gradients are not summed": ("sharding.DistributedDataParallel = lambda model, **settings: model", [0, 1]),
 }
 
 
@@ -77,9 +77,9 @@ def test_a_rank_that_differs_is_found(fault, tmp_path):
     program = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import check, train_gpt2
+import check
 from benchmarks import fixed
-from common import script
+from common import script, sharding
 right = fixed.fixed_gpt
 def wrong(*arguments, **settings):
     gpt = right(*arguments, **settings)

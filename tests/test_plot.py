@@ -1,7 +1,6 @@
 """The picture shows the run: its losses by step and token, and on the reproduction others' runs beside it."""
 
 import json
-import math
 
 import matplotlib.image
 import numpy as np
@@ -59,7 +58,7 @@ def test_a_log_without_losses_is_drawn_too(drawn):
     assert image.shape[2] in (3, 4)
 
 
-@pytest.mark.parametrize("value", ["low", [1], {}, math.nan, math.inf])
+@pytest.mark.parametrize("value", ["low", [1], {}, None])
 def test_values_that_are_no_numbers_are_left_out_of_the_picture(drawn, value):
     record = {"step": 0, "loss": value, "unigram_loss": value, "hellaswag_nanogpt_acc_norm": value}
     _, axes = drawn(record, {"step": 1, "loss": 2.0})
