@@ -12,7 +12,6 @@ across shards. Run again after an interruption, the same command continues after
 from __future__ import annotations
 
 import ast
-import codecs
 import glob
 import importlib.util
 import itertools
@@ -28,38 +27,24 @@ import sysconfig
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from common import hub
-from common.files import lock, sha256
-from common.script import DataError, Positive, UsageError, check_settings, parse_flags, progress_bar, run
-from common.shards import (
-    FULL_DATA,
-    SAMPLE_DATA,
-    count_tokens,
-    list_shards,
-    load_manifest,
-    read_again,
-    save_manifest,
-    summary,
-    verify,
-    write_shard,
-)
+from common import hub, shards
+from common.files import lock, make_directory, sha256
+from common.script import DataError, Positive, UsageError, check_settings, escape, parse_flags, progress_bar, run
 from common.tokenizer import END_OF_TEXT, VOCABULARY, encoding, utf8
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 BATCH_BYTES = 1 << 25
 RELOAD_EVERY = 256  # batches; gigatoken remembers every word that it has seen, so it is loaded anew now and then
-LONG_WHITE_SPACE = 500_000  # characters; tiktoken's stack overflows at about twice as many
+WHITE_BLOCK = 250_000  # characters; tiktoken fails at a million of white space in a row, which fill at least one block
 
 Item = TypeVar("Item")
-Document = bytes | None  # a text in UTF-8, or null
 
 
 @dataclass(frozen=True)
@@ -80,7 +65,7 @@ class FinewebConfig:
 
     @property
     def directory(self) -> Path:
-        return Path(self.out_dir or (SAMPLE_DATA if self.sample else FULL_DATA))
+        return Path(self.out_dir or (shards.SAMPLE_DATA if self.sample else shards.FULL_DATA))
 
     @property
     def tokens_per_shard(self) -> int:
@@ -96,6 +81,8 @@ def check_config(config: FinewebConfig) -> None:
         raise UsageError(f"--revision {config.revision} is not a commit of 40 hexadecimal digits, which never changes")
     if config.dataset != FINEWEB_EDU and config.revision == FINEWEB_EDU_REVISION:
         raise UsageError(f"--dataset {config.dataset} needs its own --revision")
+    if config.directory.exists() and not config.directory.is_dir():
+        raise UsageError(f"--out_dir {config.directory} is a file: choose a directory")
     if config.max_tokens and config.max_tokens <= config.tokens_per_shard:
         raise UsageError(f"--max_tokens {config.max_tokens} do not fill a second shard: choose a smaller --shard_size")
 
@@ -103,35 +90,36 @@ def check_config(config: FinewebConfig) -> None:
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Source:
-    """What identifies a source in the manifest, how to list its files' names, and how to read the documents of one."""
-
-    identity: dict[str, object]
-    list_files: Callable[[], list[str]]
-    read: Callable[[str], Iterable[Document]]
-    remove: Callable[[str], object] = lambda name: None  # once its documents are in shards
-
-
-def open_source(config: FinewebConfig) -> Source:
-    """The source that the flags name."""
+def source_identity(config: FinewebConfig) -> dict[str, object]:
+    """What the manifest says of the source, so that no other is taken for it."""
     if config.sample:
-        name = f"the documentation of Python {platform.python_version()}"
-        return Source({"sample": name}, lambda: [name], lambda name: sample_documents())
+        return {"sample": f"the documentation of Python {platform.python_version()}"}
     if config.input:
-        names = list_local(config.input)
-        hashes = [[Path(name).name, sha256(Path(name))] for name in names]
-        identity = {"files": hashes, "text_column": config.text_column}
-        return Source(identity, lambda: names, lambda name: READERS[Path(name).suffix](Path(name), config.text_column))
-    identity = {key: getattr(config, key) for key in ("dataset", "name", "revision", "text_column")}
-    data_set = hub.DataSet(config.dataset, config.name, config.revision)
-    downloads = None if config.keep_downloads else config.directory / ".downloads"
-    return Source(
-        identity,
-        lambda: data_set.list_files(tuple(READERS)),
-        lambda name: READERS[Path(name).suffix](data_set.fetch(name, downloads), config.text_column),
-        lambda name: downloads and (downloads / name).unlink(missing_ok=True),
-    )
+        hashes = [[Path(name).name, sha256(Path(name))] for name in config.input]
+        return {"files": hashes, "text_column": config.text_column}
+    return {key: getattr(config, key) for key in ("dataset", "name", "revision", "text_column")}
+
+
+def list_files(config: FinewebConfig) -> list[str]:
+    """The names of the source's files; the sample is read as if it were one."""
+    if config.sample:
+        return ["Python's documentation"]
+    if config.input:
+        return list(config.input)
+    return hub.list_train_files(config.dataset, config.name, config.revision, tuple(READERS))
+
+
+def download_dir(config: FinewebConfig) -> Path | None:
+    """Where files of the Hub lie until their documents are in shards; None if there are none, or they are to stay."""
+    return None if config.sample or config.input or config.keep_downloads else config.directory / ".downloads"
+
+
+def read_file(config: FinewebConfig, name: str) -> Iterable[bytes]:
+    """The documents of one of the source's files, in UTF-8, once it is here."""
+    if config.sample:
+        return sample_documents()
+    path = Path(name) if config.input else hub.fetch_file(config.dataset, name, config.revision, download_dir(config))
+    return READERS[path.suffix](path, config.text_column)
 
 
 def sample_documents() -> list[bytes]:
@@ -169,14 +157,15 @@ def list_local(patterns: Iterable[str]) -> list[str]:
         names += [str(Path(match)) for match in matches]
     for name in names:
         if Path(name).suffix not in READERS or not Path(name).is_file():
-            raise UsageError(f"--input {name}: give files whose names end in {', '.join(READERS)}")
+            raise UsageError(f"--input {name} is not a file whose name ends in {', '.join(READERS)}")
     return list(dict.fromkeys(names))
 
 
 # ---- files to documents ----------------------------------------------------------------------------------------------
 
 
-def read_parquet(path: Path, column: str) -> Iterator[Document]:
+def read_parquet(path: Path, column: str) -> Iterator[bytes]:
+    """The texts of a column; nulls are passed over."""
     import pyarrow
     from pyarrow import parquet
 
@@ -190,11 +179,11 @@ def read_parquet(path: Path, column: str) -> Iterator[Document]:
         raise DataError(f"{path} is not a whole parquet file ({error}): get it again") from None
 
 
-def row_texts(rows: Any) -> list[Document]:
+def row_texts(rows: Any) -> list[bytes]:
     """The texts of some rows of one column; raises pyarrow's error where they are not UTF-8."""
     import pyarrow
 
-    texts = rows.column(0).cast(pyarrow.large_string())
+    texts = rows.column(0).cast(pyarrow.large_string()).drop_null()
     texts.validate(full=True)
     return texts.cast(pyarrow.large_binary()).to_pylist()
 
@@ -209,15 +198,16 @@ def check_column(path: Path, column: str, schema: Any) -> None:
         raise DataError(f"{path}: {column!r} holds {kind}, not text: choose another --text_column")
 
 
-def read_jsonl(path: Path, column: str) -> Iterator[Document]:
-    """The texts of a file with one JSON object a line; blank lines are passed over."""
+def read_jsonl(path: Path, column: str) -> Iterator[bytes]:
+    """The texts of a file with one JSON object a line; blank lines and nulls are passed over."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield json_text(line, column, f"{path}, line {number}")
+            text = json_text(line, column, f"{path}, line {number}") if line.strip() else None
+            if text is not None:
+                yield utf8(text)
 
 
-def json_text(line: bytes, column: str, place: str) -> Document:
+def json_text(line: bytes, column: str, place: str) -> str | None:
     """The text in one line of JSON; raises DataError, naming the place, where there is none."""
     try:
         text = json.loads(line)[column]
@@ -225,17 +215,16 @@ def json_text(line: bytes, column: str, place: str) -> Document:
             raise TypeError(f"it is of type {type(text).__name__}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{place}: no text {column!r} ({error}): mend it, or choose --text_column") from None
-    return None if text is None else utf8(text)
+    return text
 
 
-def read_txt(path: Path, column: str) -> Iterator[Document]:
+def read_txt(path: Path, column: str) -> Iterator[bytes]:
     """A text file as one document, with its line ends as they are, without a byte order mark."""
-    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        text.decode()
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason}): convert it first") from None
-    yield text
+    yield text.encode()
 
 
 READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
@@ -265,13 +254,12 @@ class Batch:
         return f"document {self.start.document + index} of {self.file_name}"
 
 
-def read_batches(source: Source, names: list[str], start: Position) -> Iterator[Batch]:
+def read_batches(config: FinewebConfig, names: list[str], start: Position) -> Iterator[Batch]:
     """The documents from that of `start` on; while a file is read, the next one is downloaded."""
-    files = ((number, source.read(names[number])) for number in range(start.file, len(names)))
+    files = ((number, read_file(config, names[number])) for number in range(start.file, len(names)))
     for number, documents in prefetch(files, 1):
         first = start.document if number == start.file else 0
-        texts = (document for document in documents if document is not None)
-        for batch in group_by_bytes(itertools.islice(texts, first, None), BATCH_BYTES):
+        for batch in group_by_bytes(itertools.islice(documents, first, None), BATCH_BYTES):
             yield Batch(names[number], Position(number, first), batch)
             first += len(batch)
 
@@ -322,9 +310,7 @@ def choose_encoder(config: FinewebConfig) -> str:
     installed = importlib.util.find_spec("gigatoken") is not None
     if config.encoder == "gigatoken" and not installed:
         raise UsageError("--encoder gigatoken is not installed: pip install -r requirements.txt, or choose tiktoken")
-    if config.encoder == "auto":
-        return "gigatoken" if installed else "tiktoken"
-    return config.encoder
+    return "gigatoken" if installed and config.encoder != "tiktoken" else "tiktoken"
 
 
 def encode_batches(batches: Iterable[Batch], encoder: str, workers: int) -> Iterator[tuple[Position, np.ndarray]]:
@@ -341,7 +327,7 @@ def encode_with_tiktoken(batches: Iterable[Batch], workers: int) -> Iterator[tup
     """Each batch with the tokens of its documents, which threads encode: tiktoken releases Python's global lock."""
     with ThreadPoolExecutor(workers) as threads:
         for batch in batches:
-            yield batch, list(threads.map(partial(encode_text, batch), range(len(batch.texts))))
+            yield batch, list(threads.map(encode_text, itertools.repeat(batch), range(len(batch.texts))))
 
 
 def encode_text(batch: Batch, index: int) -> np.ndarray:
@@ -397,12 +383,12 @@ def check_tokens(batch: Batch, documents: list[np.ndarray]) -> None:
 
 
 def has_long_white_space(text: bytes) -> bool:
-    """Whether LONG_WHITE_SPACE characters in a row are white space; may also be true for half as many."""
-    if len(text) < LONG_WHITE_SPACE:
+    """Whether a whole block of the text is white space, as in every text that tiktoken cannot take."""
+    if len(text) < WHITE_BLOCK:
         return False
     characters = text.decode()
-    block = LONG_WHITE_SPACE // 2  # so that a long run fills at least one block
-    return any(characters[start : start + block].isspace() for start in range(0, len(characters), block))
+    blocks = (characters[start : start + WHITE_BLOCK] for start in range(0, len(characters), WHITE_BLOCK))
+    return any(block.isspace() for block in blocks)
 
 
 # ---- tokens to shards ------------------------------------------------------------------------------------------------
@@ -443,28 +429,30 @@ def place_of(index: int, start: Position, tokens: np.ndarray) -> Position:
 def build(config: FinewebConfig) -> dict:
     """Write the shards and their manifest, from where an interrupted run left off; returns the manifest."""
     check_config(config)
-    directory, source = config.directory, open_source(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    with lock(directory / ".lock"):
-        manifest = open_manifest(config, source)
-        try:
+    if config.input:
+        config = replace(config, input=tuple(list_local(config.input)))
+    identity = source_identity(config)
+    make_directory(config.directory)
+    try:
+        with lock(config.directory / ".lock"):
+            manifest = open_manifest(config, identity)
             if not manifest["complete"]:
-                write_shards(config, source, manifest)
-        except OSError as error:
-            remedy = "finished shards are intact; fix the cause, and run the same command again"
-            raise DataError(f"cannot build {directory} ({error}): {remedy}") from None
-        if not (config.sample or config.input or config.keep_downloads):
-            shutil.rmtree(directory / ".downloads", ignore_errors=True)
+                write_shards(config, manifest)
+            if directory := download_dir(config):
+                shutil.rmtree(directory, ignore_errors=True)
+    except OSError as error:
+        remedy = "finished shards are intact; fix the cause, and run the same command again"
+        raise DataError(f"cannot build {config.directory} ({error}): {remedy}") from None
     return manifest
 
 
-def open_manifest(config: FinewebConfig, source: Source) -> dict:
+def open_manifest(config: FinewebConfig, identity: dict[str, object]) -> dict:
     """The manifest of an earlier run with the same settings, or one for a new run."""
     directory = config.directory
-    settings = {"source": source.identity, "vocabulary": "gpt2"}
+    settings = {"source": identity, "vocabulary": "gpt2"}
     settings |= {"shard_size": config.tokens_per_shard, "max_tokens": config.max_tokens}
-    manifest = load_manifest(directory)
-    if manifest is None and list_shards(directory):
+    manifest = shards.load_manifest(directory)
+    if manifest is None and shards.list_shards(directory):
         raise UsageError(f"--out_dir {directory} holds shards without a manifest.json: choose another directory")
     if manifest is None or not manifest["shards"]:
         return {**settings, "complete": False, "shards": []}
@@ -475,38 +463,45 @@ def open_manifest(config: FinewebConfig, source: Source) -> dict:
     return manifest
 
 
-def write_shards(config: FinewebConfig, source: Source, manifest: dict) -> None:
+def write_shards(config: FinewebConfig, manifest: dict) -> None:
     """Write the shards that the manifest lacks, and bring it up to date after each."""
     directory, entries = config.directory, manifest["shards"]
-    save_manifest(directory, manifest)  # a shard without one would be taken for somebody else's
-    counts = [count_tokens(read_again(directory, entry)) for entry in entries]
+    shards.save_manifest(directory, manifest)  # a shard without one would be taken for somebody else's
+    shards.verify(directory)
+    written = [shards.open_shard(directory / entry["name"], entry["tokens"]) for entry in entries]
+    counts = [shards.count_tokens(shard.read(0, shard.tokens)) for shard in written]
+    names = list_files(config)
     with progress_bar(total=config.max_tokens, unit=" tokens", unit_scale=True) as bar:
         bar.update(sum(entry["tokens"] for entry in entries))
-        names = source.list_files()
-        for tokens, following in make_shards(config, source, names, entries, bar.update):
+        for tokens, following in make_shards(config, names, entries, bar.update):
             if following is None and not entries:
-                tokens_here = f"the source has only {len(tokens)} tokens"
-                size = f"--shard_size {config.tokens_per_shard}"
-                raise UsageError(f"{tokens_here}, not enough for a second shard: choose a smaller {size}, or more text")
-            counts.append(count_tokens(tokens))
-            entry = write_shard(directory, len(entries), tokens)
+                raise UsageError(f"{len(tokens)} tokens fill no second shard: lower --shard_size, or give more text")
+            counts.append(shards.count_tokens(tokens))
+            entry = shards.write_shard(directory, len(entries), tokens)
             entries.append(entry | {"next": following and asdict(following)})
             if following is None:
-                manifest.update(summary(counts), complete=True)
-            save_manifest(directory, manifest)
-            for name in names[: following.file if following else 0]:
-                source.remove(name)
+                manifest.update(shards.summary(counts), complete=True)
+            shards.save_manifest(directory, manifest)
+            if following:
+                remove_downloads(config, names[: following.file])
     if not manifest["complete"]:
         raise DataError("the source holds no text")
 
 
+def remove_downloads(config: FinewebConfig, names: list[str]) -> None:
+    """Remove files of the Hub whose documents are in shards, unless they lie in the library's own cache."""
+    if directory := download_dir(config):
+        for name in names:
+            (directory / name).unlink(missing_ok=True)
+
+
 def make_shards(
-    config: FinewebConfig, source: Source, names: list[str], written: list[dict], progress: Callable[[int], object]
+    config: FinewebConfig, names: list[str], written: list[dict], progress: Callable[[int], object]
 ) -> Iterator[tuple[np.ndarray, Position | None]]:
     """The shards after those that are written, read and encoded by threads while the caller writes; see pack_shards."""
     start = Position(**written[-1]["next"]) if written else Position()
     limit = (config.max_tokens or sys.maxsize) - sum(entry["tokens"] for entry in written)
-    batches = prefetch(read_batches(source, names, start), 1)
+    batches = prefetch(read_batches(config, names, start), 1)
     encoded = prefetch(encode_batches(batches, choose_encoder(config), config.workers or os.cpu_count() or 1), 8)
     return pack_shards(encoded, config.tokens_per_shard, start.token, limit, progress)
 
@@ -515,12 +510,14 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_flags(FinewebConfig, argv, __doc__)
     check_config(config)
     if config.verify:
-        directory, manifest = Path(config.verify), verify(Path(config.verify))
+        directory, manifest = Path(config.verify), shards.verify(Path(config.verify))
+        if not manifest["complete"]:
+            raise DataError(f"{directory}: its shards are whole, but not complete: run the same command again")
     else:
         print(f"encoding with {choose_encoder(config)} (choose with --encoder)", flush=True)
         directory, manifest = config.directory, build(config)
     print(
-        f"{directory}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
+        f"{escape(str(directory))}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
         f"{len(manifest['shards'])} shards; unigram loss {manifest['unigram_loss']:.4f}"
     )
 

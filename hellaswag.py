@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common import script
 from common.checkpoint import locate
+from common.device import choose_device, explain_out_of_memory
 from common.files import atomic_write, lock, sha256
 from common.huggingface import load_gpt, require_gpt2_vocabulary
 from common.script import DataError, Positive, UsageError
@@ -50,7 +51,7 @@ def download(path: Path = FILE) -> Path:
     """Fetch the official validation set unless it is there; raises DataError if that fails."""
     try:
         with lock(path.absolute().with_name(f"{path.name}.lock")):
-            if not path.exists():
+            if not path.is_file():
                 fetch(path)
     except (OSError, HTTPException) as error:
         raise DataError(f"cannot download {URL} ({error}): give a local copy with --data FILE") from None
@@ -230,12 +231,12 @@ def evaluate(config: HellaswagConfig) -> None:
     script.check_settings(config)
     if config.data is not None and not Path(config.data).is_file():
         raise UsageError(f"--data {config.data}: no such file")
-    device = script.choose_device(config.device)
+    device = choose_device(config.device)
     gpt = load_gpt(locate(config.checkpoint))
     require_gpt2_vocabulary(gpt, config.checkpoint)
     questions = load(Path(config.data or download()), slice(config.limit))
     try:
-        with script.explain_out_of_memory("--batch_tokens"):
+        with explain_out_of_memory("--batch_tokens"):
             correct = count_correct(gpt.to(device), questions, config.batch_tokens, progress=True)
     except FloatingPointError as error:
         raise DataError(f"{config.checkpoint}: {error}") from None

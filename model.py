@@ -144,6 +144,11 @@ class GPT(nn.Module):
             # apply() visits a module after its children, so this draw replaces the one above
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
+    def flops_per_token(self) -> int:
+        """Of training: 6 for each weight that multiplies, and 12 L C T for attention (PaLM, appendix B)."""
+        weights = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
     def hidden(
         self,
         idx: Tensor,
@@ -178,7 +183,11 @@ class GPT(nn.Module):
 
         Targets of -100 are left out of the mean. Raises ValueError for more than block_size tokens.
         """
-        logits = self.logits(self.hidden(idx))  # (B, T, V)
+        return self.logits_and_loss(self.hidden(idx), targets)
+
+    def logits_and_loss(self, hidden: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What `forward` returns, from hidden states (B, T, C)."""
+        logits = self.logits(hidden)  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import locate
+from common.device import choose_device
 from common.huggingface import load_gpt, require_gpt2_vocabulary
-from common.script import DataError, Positive, UsageError, check_settings, choose_device, parse_flags, run
+from common.script import DataError, Positive, UsageError, check_settings, parse_flags, run
 from common.tokenizer import END_OF_TEXT, decode_stream, encode
 from model import GPT
 
@@ -62,10 +63,9 @@ def read_prompt(config: SampleConfig) -> str:
 
 def is_piped() -> bool:
     """Whether standard input is another program's output or a file, and not a terminal or nothing."""
-    try:
-        mode = os.fstat(0).st_mode
-    except OSError:  # it is closed
+    if sys.stdin is None:  # it is closed
         return False
+    mode = os.fstat(0).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
@@ -88,10 +88,9 @@ def write(config: SampleConfig) -> None:
     check_settings(config)
     if not 0 < config.top_p <= 1:
         raise UsageError(f"--top_p {config.top_p} must be above 0, and 1 at most")
-    prompt = read_prompt(config)
-    gpt = load_gpt(locate(config.checkpoint))
+    prompt, device = read_prompt(config), choose_device(config.device)
+    gpt = load_gpt(locate(config.checkpoint)).to(device)
     require_gpt2_vocabulary(gpt, config.checkpoint)
-    gpt.to(choose_device(config.device))
     try:
         for number in range(config.num_samples):
             print("\n" * (number > 0) + prompt, end="", flush=True)

@@ -10,13 +10,13 @@ python train_gpt2.py --resume                             (continue after an int
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
 import hellaswag
@@ -33,15 +32,21 @@ import plot
 import recipes
 import sample
 from common import checkpoint, script
-from common.checkpoint import TrainingState
+from common.batches import Batch, Batches
+from common.checkpoint import Snapshot, TrainingState
+from common.device import device_name, explain_out_of_memory, keep_freed_memory, peak_flops
 from common.files import claim
 from common.huggingface import load_gpt, read_gpt
-from common.log import Log, Tracker
+from common.log import Clock, Log, Tracker
+from common.muon import Muon
 from common.processes import World, start_processes, stop_signals
+from common.reference import Comparison
 from common.script import DataError, UsageError
+from common.sharding import gather, gather_gpt, settle_gradients, wrap
 from common.shards import SAMPLE_DATA, Shard, Shards, load_manifest, open_shards
+from common.tokenizer import END_OF_TEXT, decode, encode
 from model import GPT, GPTConfig
-from recipes import TrainConfig
+from recipes import TrainConfig, batch_tokens, learning_rate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ATTENTION = {
@@ -69,87 +74,39 @@ def load_shards(config: TrainConfig, world: World) -> Shards:
     return shards
 
 
-class Batches:
-    """The train shards as one stream of tokens, divided into rows of block_size, each with one more, the last label.
-
-    A position counts tokens from the start of the first epoch; it is the whole state. The first epoch's rows come in
-    order, the others' (with `shuffle` its own too) in a permutation drawn from the seed and the epoch. What an epoch
-    has left after its last whole batch is passed over.
-    """
-
-    def __init__(self, shards: list[Shard], block_size: int, seed: int, shuffle: bool) -> None:
-        self.shards, self.block_size, self.seed, self.shuffle = shards, block_size, seed, shuffle
-        self.shard_starts = np.cumsum([0] + [len(shard) for shard in shards])
-        self.rows = int(self.shard_starts[-1] - 1) // block_size  # in an epoch
-
-    def at(self, position: int, tokens: int) -> tuple[Tensor, int]:
-        """The batch of `tokens` tokens at a position: rows (tokens / T, T + 1), and the position after it."""
-        epoch, first = divmod(position // self.block_size, self.rows)
-        count = tokens // self.block_size
-        if first + count > self.rows:
-            epoch, first = epoch + 1, 0
-        T, after = self.block_size, (epoch * self.rows + first + count) * self.block_size
-        if epoch == 0 and not self.shuffle:
-            stretch = self.read(first * T, (first + count) * T + 1)
-            return torch.from_numpy(stretch.astype(np.int64)).unfold(0, T + 1, T), after
-        starts = permutation(self.rows, self.seed, epoch)[first : first + count] * T
-        rows = np.stack([self.read(int(start), int(start) + T + 1) for start in starts])
-        return torch.from_numpy(rows.astype(np.int64)), after
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens from `start` to `stop` of the stream, from one shard or from several."""
-        parts = []
-        number = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
-        while start < stop:
-            begin, end = self.shard_starts[number : number + 2]
-            parts.append(self.shards[number].read(start - begin, min(stop, end) - begin))
-            start, number = end, number + 1
-        return np.concatenate(parts)
+def read_batches(trainer: Trainer, shards: Shards) -> Iterator[Batch]:
+    """This process's part of the batches to come; the next one is read by a thread while one is trained on."""
+    config, state = trainer.config, trainer.state
+    batches = Batches(shards.train, config.block_size, config.seed, config.shuffle)
+    size_at = partial(batch_tokens, config)
+    return fineweb.prefetch(batches.read(state.position, config.batch_size, size_at, trainer.world), 1)
 
 
-@functools.lru_cache(maxsize=1)
-def permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The row numbers in an order that every process draws alike."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
-
-
-def rank_slice(rows: Tensor, batch_size: int, world: World) -> Tensor:
-    """This process's micro-batches (accumulation steps, B, T + 1) of a global batch of rows (N, T + 1).
-
-    Each accumulation step takes the next B rows for every rank in turn.
-    """
-    return rows.unflatten(0, (-1, world.size, batch_size))[:, world.rank]
-
-
-# ---- schedules, optimizer, training step -----------------------------------------------------------------------------
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up to max_lr, then a cosine to min_lr at max_steps, for the step that follows `step` steps."""
-    if step < config.warmup_steps:
-        return config.max_lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + (config.max_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def batch_tokens(config: TrainConfig, position: int) -> int:
-    """Tokens of the optimizer step at a position: GPT-3's linear ramp, in whole multiples of initial_batch_size.
-
-    With that unit the ramp is the same for any micro-batch and number of processes.
-    """
-    if position >= config.batch_ramp_tokens:
-        return config.total_batch_size
-    grown = (config.total_batch_size - config.initial_batch_size) * position // config.batch_ramp_tokens
-    return config.initial_batch_size + grown // config.initial_batch_size * config.initial_batch_size
+# ---- optimizer, training step ----------------------------------------------------------------------------------------
 
 
 def make_optimizer(gpt: GPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, none on biases and norms."""
+    """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, none on biases and norms.
+
+    With --optimizer muon, the matrices of the blocks have Muon in its place, and they alone decay.
+    """
+    defaults = {"lr": config.max_lr, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
+    matrices = [p for p in gpt.parameters() if p.dim() >= 2]
+    others = {"params": [p for p in gpt.parameters() if p.dim() < 2], "weight_decay": 0.0}
+    if config.optimizer != "muon":
+        return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, others], **defaults)
+    blocks = gpt.transformer.h
+    embeddings = [gpt.transformer.wte.weight, gpt.transformer.wpe.weight]
+    settings = {"lr": config.muon_lr, "weight_decay": config.weight_decay, "momentum": 0.95}
     groups = [
-        {"params": [p for p in gpt.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in gpt.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": embeddings, "weight_decay": 0.0},
+        others,
+        {"params": [block.attn.c_attn.weight for block in blocks], "parts": 3, **settings},  # query, key and value
+        {"params": [block.attn.c_proj.weight for block in blocks], "parts": 1, **settings},
+        {"params": [block.mlp.c_fc.weight for block in blocks], "parts": 1, **settings},
+        {"params": [block.mlp.c_proj.weight for block in blocks], "parts": 1, **settings},
     ]
-    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
+    return Muon(groups, **defaults)
 
 
 @dataclass
@@ -165,37 +122,46 @@ class Trainer:
         dtype = DTYPES[self.config.dtype]
         return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
+    def reduce_gradients(self, enabled: bool) -> None:
+        """Whether the next backward pass adds up the gradients of all processes."""
+        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP
+            self.model.set_requires_gradient_sync(enabled)
+        else:
+            self.model.require_backward_grad_sync = enabled  # read by DDP in the forward pass
+
 
 def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
-    """Put the network on the device, and wrap it for speed and for several processes."""
+    """Put the network on the device, wrapped, and give it an optimizer."""
     if world.device.type == "cpu":
-        script.keep_freed_memory()
-    gpt = gpt.to(world.device)
-    model = torch.compile(gpt, fullgraph=True, dynamic=False) if config.compile else gpt
-    if world.size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        keep_freed_memory()
+    model = wrap(gpt, world, config.compile, config.shard, config.activation_checkpointing)
     optimizer = make_optimizer(gpt, config)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # the schedule scales each group's own
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(map(id, gpt.parameters())), "every parameter belongs in exactly one group"
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
-    return Trainer(config, world, TrainingState(gpt, optimizer, scaler), model)
+    trainer = Trainer(config, world, TrainingState(gpt, optimizer, scaler), model)
+    if world.size > 1:
+        rows = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=world.device)
+        settle_gradients(model, rows, trainer.autocast())
+    return trainer
 
 
-def training_step(trainer: Trainer, rows: Tensor) -> tuple[float, float]:
-    """One optimizer step on a global batch of rows (N, T + 1); returns the mean loss and the gradient's norm.
+def training_step(trainer: Trainer, micro_batches: Tensor) -> tuple[float, float]:
+    """One optimizer step on this process's micro-batches (N, B, T + 1); returns the loss and the gradient's norm.
 
-    Where one of them is not finite, all processes skip the update.
+    Both are the whole batch's. Where one of them is not finite, all processes skip the update.
     """
     config, world, state = trainer.config, trainer.world, trainer.state
     factor = learning_rate(config, state.step) / config.max_lr
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    loss = accumulate_gradients(trainer, rank_slice(rows, config.batch_size, world).to(world.device))
+    loss = accumulate_gradients(trainer, micro_batches.to(world.device))
     loss = float(world.sum(loss) / world.size)
     state.scaler.unscale_(state.optimizer)
-    norm = float(nn.utils.clip_grad_norm_(state.gpt.parameters(), config.grad_clip or math.inf))
+    norm = nn.utils.clip_grad_norm_(state.gpt.parameters(), config.grad_clip or math.inf)
+    norm = float(gather(norm, world.device))
     if world.any_rank(not math.isfinite(loss) or not math.isfinite(norm)):
         state.skipped += 1
         state.skipped_in_a_row += 1
@@ -203,9 +169,9 @@ def training_step(trainer: Trainer, rows: Tensor) -> tuple[float, float]:
         state.skipped_in_a_row = 0
         state.optimizer.step()
     state.scaler.update()
-    state.optimizer.zero_grad()
+    state.optimizer.zero_grad(set_to_none=world.size == 1)  # under DDP, gradients stay views of its buckets
     state.step += 1
-    state.tokens += rows[:, 1:].numel()
+    state.tokens += micro_batches[..., 1:].numel() * world.size
     return loss, norm
 
 
@@ -213,8 +179,7 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Tensor) -> Tensor:
     """Leave the gradient of the mean loss of micro-batches (N, B, T + 1) in the parameters; returns that loss."""
     loss = torch.zeros((), device=trainer.world.device)
     for number, micro_batch in enumerate(micro_batches):
-        # read by DDP in the forward pass: reduce the gradients once, with the last micro-batch
-        trainer.model.require_backward_grad_sync = number == len(micro_batches) - 1
+        trainer.reduce_gradients(number == len(micro_batches) - 1)
         with trainer.autocast():
             _, mean = trainer.model(micro_batch[:, :-1], micro_batch[:, 1:])
         trainer.state.scaler.scale(mean / len(micro_batches)).backward()
@@ -252,14 +217,14 @@ def validation_loss(trainer: Trainer, val: Shard) -> dict[str, float]:
     tokens = torch.from_numpy(val.read(0, count * T + 1).astype(np.int64))
     rows = tokens.unfold(0, T + 1, T)[world.rank :: world.size]  # (N, T + 1), this rank's
     total = torch.zeros((), dtype=torch.float64)
-    for start in range(0, len(rows), B):
+    for start in range(0, math.ceil(count / world.size), B):  # as often on each rank, since all gather the weights
         batch = rows[start : start + B]
         missing = (0, 0, 0, B - len(batch))  # filled up, so that a compiled model sees one shape
         x = F.pad(batch[:, :-1], missing).to(world.device)  # (B, T)
         y = F.pad(batch[:, 1:], missing, value=-100).to(world.device)  # (B, T); -100 does not count
         with trainer.autocast():
             _, loss = trainer.model(x, y)
-        total += float(loss) * len(batch)
+        total += float(loss) * len(batch) if len(batch) else 0.0
     return {"val_loss": float(world.sum(total)) / count}
 
 
@@ -281,9 +246,10 @@ def score_hellaswag(trainer: Trainer, questions: list[hellaswag.Question]) -> di
     """The accuracies by their names, over the questions of all processes."""
     world, error = trainer.world, None
     correct = torch.zeros(2, 2, dtype=torch.long)
+    gpt = gather_gpt(trainer.state.gpt, world.device)
     with trainer.autocast(), attention_backend(trainer.config, world.device, masked=True):
         try:
-            correct = hellaswag.count_correct(trainer.state.gpt, questions, progress=world.is_main)
+            correct = hellaswag.count_correct(gpt, questions, progress=world.is_main)
         except FloatingPointError as reason:
             error = reason
     if world.any_rank(error is not None):
@@ -293,42 +259,76 @@ def score_hellaswag(trainer: Trainer, questions: list[hellaswag.Question]) -> di
 
 
 def write_samples(trainer: Trainer, prompt: str) -> dict[str, float]:
-    """Print a few texts by the model as it is now."""
+    """Print four texts by the model as it is now, sampled as one batch."""
+    state, device = trainer.state, trainer.world.device
+    gpt = gather_gpt(state.gpt, device if trainer.world.is_main else torch.device("meta"))
     if trainer.world.is_main:
-        config = sample.SampleConfig(max_new_tokens=32, seed=trainer.config.seed)
-        for number in range(config.num_samples):
-            with trainer.autocast():
-                text = "".join(sample.continuation(trainer.state.gpt, config, prompt, number))
-            trainer.world.print(f"step {trainer.state.step:5d} | {prompt + text!r}")
+        idx = torch.tensor([encode(prompt)] * 4, device=device)  # (B, T)
+        generator = torch.Generator(device).manual_seed(trainer.config.seed)
+        with trainer.autocast():
+            tokens = gpt.generate(idx, max_new_tokens=32, top_k=50, generator=generator)
+        for row in tokens.tolist():
+            text = decode(list(itertools.takewhile(lambda token: token != END_OF_TEXT, row)))
+            trainer.world.print(f"step {state.step:5d} | {text!r}")
     return {}
 
 
-# What is evaluated: the setting that says how often; what loads its data on each rank, None to leave it out; and what
-# scores, on all ranks alike, and returns numbers for the log
+@torch.no_grad()
+def largest_attention_logit(trainer: Trainer, val: Shard) -> dict[str, float]:
+    """The largest of any layer and head on the val shard's first row; where it keeps growing, training may diverge."""
+    gpt, logits = gather_gpt(trainer.state.gpt, trainer.world.device), []
+
+    def record(module: nn.Module, inputs: tuple, projections: Tensor) -> None:
+        q, k, _ = projections.unflatten(2, (3, gpt.config.n_head, -1)).unbind(2)  # (1, T, H, D)
+        products = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()).tril()  # (1, H, T, T)
+        logits.append(float(products.max()) / math.sqrt(q.shape[-1]))
+
+    hooks = [block.attn.c_attn.register_forward_hook(record) for block in gpt.transformer.h]
+    row = torch.from_numpy(val.read(0, trainer.config.block_size).astype(np.int64))[None]  # (1, T)
+    with trainer.autocast():
+        gpt.hidden(row.to(trainer.world.device))
+    for hook in hooks:
+        hook.remove()
+    return {"attention_logit": max(logits)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Something that is evaluated now and then."""
+
+    name: str  # in the account of time
+    every: str  # the setting that says how often
+    load: Callable[[TrainConfig, World, Shards], Any]  # its data, on each rank; None to leave it out
+    score: Callable[[Trainer, Any], dict[str, float]]  # numbers for the log, on all ranks alike
+
+
 EVALUATIONS = (
-    ("eval_every", lambda config, world, shards: shards.val, validation_loss),
-    ("hellaswag_every", load_hellaswag, score_hellaswag),
-    ("sample_every", lambda config, world, shards: sample.PROMPT, write_samples),
+    Evaluation("validation", "eval_every", lambda config, world, shards: shards.val, validation_loss),
+    Evaluation("HellaSwag", "hellaswag_every", load_hellaswag, score_hellaswag),
+    Evaluation("attention", "attention_every", lambda config, world, shards: shards.val, largest_attention_logit),
+    Evaluation("samples", "sample_every", lambda config, world, shards: sample.PROMPT, write_samples),
 )
 
 
 def evaluate(trainer: Trainer, data: dict[str, Any], log: Log, last: bool) -> None:
     """Run what is due at this step; an evaluation that the model's state does not allow is skipped with a warning."""
     config, state = trainer.config, trainer.state
-    for every, _, score in EVALUATIONS:
-        if data[every] is None or not is_due(getattr(config, every), state.step, last):
+    for evaluation in EVALUATIONS:
+        if data[evaluation.name] is None or not is_due(getattr(config, evaluation.every), state.step, last):
             continue
         try:
-            scores = score(trainer, data[every])
+            with log.clock.measure(evaluation.name):
+                scores = evaluation.score(trainer, data[evaluation.name])
         except FloatingPointError as error:
             trainer.world.print(f"warning: step {state.step}: {error}")
             continue
         if scores:
-            text = " | ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            text = log.comparison.describe(state.step, scores)
             log.write(f"step {state.step:5d} | {text}", step=state.step, **scores)
             state.scores |= {name: [state.step, value] for name, value in scores.items() if math.isfinite(value)}
     if is_due(config.eval_every, state.step, last):
-        log.attempt(plot.draw, Path(config.out_dir))
+        with log.clock.measure("picture"):
+            log.attempt(plot.draw, Path(config.out_dir))
 
 
 def is_due(every: int, step: int, last: bool = False) -> bool:
@@ -377,28 +377,33 @@ def resume_run(config: TrainConfig, world: World, directory: Path, shards: Shard
     return trainer
 
 
-def open_log(trainer: Trainer, shards: Shards) -> Log:
+def open_log(trainer: Trainer, shards: Shards, clock: Clock) -> Log:
     """The run's log, which begins with what this process group is."""
     config, world, step, out_dir = trainer.config, trainer.world, trainer.state.step, Path(trainer.config.out_dir)
     tracker = Tracker(config.tracker if world.is_main else "none", out_dir, asdict(config), step)
-    log = Log(out_dir, tracker, enabled=world.is_main)
-    redo = any(is_due(getattr(config, every), step) for every, _, _ in EVALUATIONS)
-    log.start(step, redo, processes=world.size, unigram_loss=shards.unigram_loss)
+    log = Log(out_dir, tracker, Comparison(config, shards), clock, enabled=world.is_main)
+    redo = any(is_due(getattr(config, evaluation.every), step) for evaluation in EVALUATIONS)
+    about = {"processes": world.size, "unigram_loss": shards.unigram_loss, "reference": log.comparison.applies}
+    log.start(step, redo, **about)
     return log
 
 
 def save(trainer: Trainer, log: Log, shards: Shards, last: bool) -> None:
-    """Save a checkpoint; a failed write ends the run only if no later save will follow."""
+    """Save a checkpoint, which the main process writes."""
+    snapshot = checkpoint.take_snapshot(trainer.state, trainer.world)
+    trainer.world.on_main(lambda: write_checkpoint(trainer, snapshot, log, shards, last))
+
+
+def write_checkpoint(trainer: Trainer, snapshot: Snapshot, log: Log, shards: Shards, last: bool) -> None:
+    """Write a checkpoint; a failed write ends the run only if no later save will follow."""
     config, state, out_dir = trainer.config, trainer.state, Path(trainer.config.out_dir)
-    if not trainer.world.is_main:
-        return
     log.flush()
     record = {"config": asdict(config), "data": shards.identity}
     card = checkpoint.model_card(
         state, config.init_from, config.max_steps, shards.source or {"shards": config.data_dir}
     )
     try:
-        checkpoint.save_checkpoint(out_dir, state, record, card)
+        checkpoint.save_checkpoint(out_dir, snapshot, record, card)
     except OSError as error:
         if last:
             raise DataError(f"step {state.step} could not be saved: {error}; make room, and add --resume") from None
@@ -417,7 +422,7 @@ def print_summary(trainer: Trainer, shards: Shards) -> None:
     ramp = f", from {config.initial_batch_size:,} at first" if config.batch_ramp_tokens else ""
     unigram = "n/a" if shards.unigram_loss is None else f"{shards.unigram_loss:.4f}"
     world.print(
-        f"model {config.init_from or config.model} on {world.size} x {script.device_name(world.device)}, "
+        f"model {config.init_from or config.model} on {world.size} x {device_name(world.device)}, "
         f"{config.dtype}, compile {config.compile} (choose with --model or --init_from, --device, --dtype, --compile)\n"
         f"data {config.data_dir} (choose with --data_dir): {sum(map(len, shards.train)):,} train tokens, "
         f"{len(shards.val):,} val tokens, unigram loss {unigram}\n"
@@ -431,21 +436,12 @@ def print_summary(trainer: Trainer, shards: Shards) -> None:
         world.print(f"expected first loss: ln({gpt.config.vocab_size}) = {math.log(gpt.config.vocab_size):.4f}")
 
 
-def flops_per_token(gpt: GPT) -> int:
-    """Forward and backward: 6 for each weight that multiplies, and 12 L C T for attention (PaLM, appendix B)."""
-    config = gpt.config
-    weights = sum(p.numel() for p in gpt.parameters()) - gpt.transformer.wpe.weight.numel()
-    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
-
-
-def log_step(trainer: Trainer, log: Log, rows: Tensor, loss: float, norm: float, seconds: float) -> None:
+def log_step(trainer: Trainer, log: Log, batch: Batch, loss: float, norm: float, seconds: float) -> None:
     """Log the last optimizer step."""
-    if not trainer.world.is_main:
-        return
     config, state = trainer.config, trainer.state
-    tokens = rows[:, 1:].numel()
-    rate, peak = tokens / seconds, script.peak_flops(trainer.world.device)
-    mfu = rate * flops_per_token(state.gpt) / (peak * trainer.world.size) if peak else None
+    tokens = batch.micro_batches[..., 1:].numel() * trainer.world.size
+    rate, peak = tokens / seconds, peak_flops(trainer.world.device)
+    mfu = rate * state.gpt.flops_per_token() / (peak * trainer.world.size) if peak else None
     lr = state.optimizer.param_groups[0]["lr"]
     left = timedelta(seconds=round(seconds * (config.max_steps - state.step)))
     log.write(
@@ -459,13 +455,24 @@ def log_step(trainer: Trainer, log: Log, rows: Tensor, loss: float, norm: float,
         tokens=tokens,
         skipped=state.skipped,
         position=state.position,
-        batch=hashlib.sha256(rows.to(torch.uint16).numpy()).hexdigest()[:16],
+        batch=batch.digest,
         ms=1000 * seconds,
         tokens_per_second=rate,
         mfu=mfu,
     )
     if math.isfinite(loss):
         state.scores["training loss"] = [state.step, loss]
+
+
+def take_step(trainer: Trainer, log: Log, batches: Iterator[Batch]) -> None:
+    """Train on the next batch, and log it."""
+    config, state = trainer.config, trainer.state
+    began = time.perf_counter()
+    batch = next(batches)
+    state.position = batch.next_position
+    loss, norm = training_step(trainer, batch.micro_batches)
+    if is_due(config.log_every, state.step, last=state.step == config.max_steps):
+        log_step(trainer, log, batch, loss, norm, time.perf_counter() - began)
 
 
 def stop_if_diverged(trainer: Trainer) -> None:
@@ -477,7 +484,8 @@ def stop_if_diverged(trainer: Trainer) -> None:
         newest = next((path for step, path in saved.items() if step <= good), "none")
         raise DataError(
             f"step {state.step}: {state.skipped_in_a_row} steps in a row had no finite loss and gradient, and were "
-            f"skipped (--max_skipped {config.max_skipped}); the last good checkpoint is {newest}"
+            f"skipped (--max_skipped {config.max_skipped}); the last good checkpoint is {newest}; "
+            f"if neither the data nor --max_lr is to blame, try another --attention than {config.attention}"
         )
 
 
@@ -486,6 +494,7 @@ def train(config: TrainConfig) -> None:
 
     Raises UsageError for settings that do not fit, DataError for shards or checkpoints that cannot be used.
     """
+    clock = Clock()
     with (
         start_processes(config.device, config.timeout) as world,
         stop_signals() as signals,
@@ -496,16 +505,16 @@ def train(config: TrainConfig) -> None:
         directory = checkpoint.find_checkpoint(Path(config.out_dir), config.resume, world)
         config, sizes = complete_config(config, world, directory)
         shards = load_shards(config, world)
-        batches = Batches(shards.train, config.block_size, config.seed, config.shuffle)
+        stack.enter_context(attention_backend(config, world.device))
         trainer = resume_run(config, world, directory, shards) if directory else start_run(config, world, sizes)
         state, first_step = trainer.state, trainer.state.step
         print_summary(trainer, shards)
         if first_step >= config.max_steps:
             world.print(f"the run in {config.out_dir} is finished: {first_step} of {config.max_steps} steps")
             return
-        stack.enter_context(attention_backend(config, world.device))
-        data = {every: load(config, world, shards) for every, load, _ in EVALUATIONS}
-        log = open_log(trainer, shards)
+        data = {evaluation.name: evaluation.load(config, world, shards) for evaluation in EVALUATIONS}
+        batches = stack.enter_context(contextlib.closing(read_batches(trainer, shards)))
+        log = open_log(trainer, shards, clock)
         while True:
             finished = state.step >= config.max_steps
             stopping = world.any_rank(signals) and not finished
@@ -513,25 +522,24 @@ def train(config: TrainConfig) -> None:
                 evaluate(trainer, data, log, finished)
             due = is_due(config.save_every, state.step) or is_due(config.milestone_every, state.step)
             if state.step > first_step and (finished or stopping or due):
-                save(trainer, log, shards, last=finished or stopping)
+                with clock.measure("saving"):
+                    save(trainer, log, shards, last=finished or stopping)
             if finished or stopping:
                 break
-            began = time.perf_counter()
-            rows, state.position = batches.at(state.position, batch_tokens(config, state.position))
-            loss, norm = training_step(trainer, rows)
-            if is_due(config.log_every, state.step, last=state.step == config.max_steps):
-                log_step(trainer, log, rows, loss, norm, time.perf_counter() - began)
+            with clock.measure("steps"):
+                take_step(trainer, log, batches)
             stop_if_diverged(trainer)
-        log.close()
+        log.write(f"step {state.step:5d} | {clock.summary()}", step=state.step, seconds=clock.seconds)
+        log.close(finished)
         world.barrier()  # for the main process to save
         how = f"finished: {config.out_dir}/step_{state.step:06d}"
         world.print(how if finished else f"stopped by a signal; continue with --resume: step {state.step}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    with script.explain_out_of_memory("--batch_size"):
+    with explain_out_of_memory("--batch_size"):
         train(recipes.parse_config(argv, __doc__))
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run(main, spare_output=True)

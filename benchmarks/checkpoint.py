@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import train_gpt2
-from common.checkpoint import TrainingState, prune, save_checkpoint
+from common.checkpoint import TrainingState, prune, save_checkpoint, take_snapshot
 from common.files import flush
 from common.processes import World
 from common.script import Positive, UsageError, check_settings, parse_flags, run
@@ -45,7 +45,8 @@ def training_state(model: str) -> TrainingState:
 
 def save(state: TrainingState, out_dir: Path) -> None:
     """Save as training does, keeping the newest checkpoint alone."""
-    save_checkpoint(out_dir, state, record={}, card="")
+    snapshot = take_snapshot(state, World(0, 1, torch.device("cpu")))
+    save_checkpoint(out_dir, snapshot, record={}, card="")
     prune(out_dir, keep=1, milestone_every=0)
 
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from common.script import Positive, check_settings, choose_device, parse_flags, run
+from common.device import choose_device
+from common.script import Positive, check_settings, parse_flags, run
 from common.tokenizer import N_TOKENS, encode
 from model import GPT, PRESETS
 from recipes import Size

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hellaswag
-from common.script import Positive, check_settings, choose_device, parse_flags, run
+from common.device import choose_device
+from common.script import Positive, check_settings, parse_flags, run
 from model import GPT, PRESETS
 
 

@@ -3,9 +3,15 @@
 python -m benchmarks.memory
 
 Fixed are 16 bytes a parameter (weights, gradients and AdamW's two moments in fp32), and what a compiled step keeps of
-the weights for its backward pass (their bf16 copies). Each row adds the activations that such a step keeps and, as its
-backward pass begins, the gradient of the logits, twice: that of the loss, and the zeros that torch passes for the
-logits which the trainer leaves unused. What is kept is counted in compiled models of one and of two layers, on the CPU.
+the weights for its backward pass (their bf16 copies, which --activation_checkpointing makes again). Each row adds the
+activations that such a step keeps and, as its backward pass begins, the gradient of the logits, twice: that of the
+loss, and the zeros that torch passes for the logits which the trainer leaves unused; what one block computes again is
+less. What is kept is counted in compiled models of one and of two layers, on the CPU.
+
+With --shard, the 16 bytes are divided among the cards. To them come 4 bytes a parameter for the gradients that are
+accumulated over the micro-batches of a step, the embeddings, which stay gathered while a step is computed, and three
+blocks: the one that is computed, the next, and the buffer through which it comes.
+
 A tenth of the memory is left for the CUDA context, workspaces and fragmentation.
 """
 
@@ -18,11 +24,13 @@ import torch
 from torch import Tensor
 
 from common.script import parse_flags, run
+from common.sharding import recompute_blocks
 from common.tokenizer import N_TOKENS
 from model import GPT, PRESETS, GPTConfig
 from recipes import Size
 
 GIGABYTES = (24, 40, 80)
+CARDS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,12 @@ class Memory:
         return int(max(0, 0.9e9 * gigabytes - self.fixed_bytes) // self.bytes_per_row)
 
 
-def kept_bytes(sizes: GPTConfig, batch_size: int) -> int:
+def kept_bytes(sizes: GPTConfig, batch_size: int, recompute: bool) -> int:
     """The bytes of the tensors, other than parameters, that a compiled forward pass keeps for the backward pass."""
     torch.compiler.reset()
     gpt = GPT(sizes)
+    if recompute:
+        recompute_blocks(gpt)
     # keeps what the default backend keeps, and generates no code
     model = torch.compile(gpt, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
     parameters = {parameter.data_ptr() for parameter in gpt.parameters()}
@@ -63,38 +73,62 @@ def kept_bytes(sizes: GPTConfig, batch_size: int) -> int:
     return sum(kept.values())
 
 
-def predict(sizes: GPTConfig) -> Memory:
+def predict(sizes: GPTConfig, recompute: bool = False) -> Memory:
     """The bytes of a step, which grow by the same number with each layer and with each row."""
-    one_layer = kept_by_rows(replace(sizes, n_layer=1))
-    two_layers = kept_by_rows(replace(sizes, n_layer=2))
+    one_layer = kept_by_rows(replace(sizes, n_layer=1), recompute)
+    two_layers = kept_by_rows(replace(sizes, n_layer=2), recompute)
     more_layers = sizes.n_layer - 1
     fixed = one_layer.fixed_bytes + more_layers * (two_layers.fixed_bytes - one_layer.fixed_bytes)
     per_row = one_layer.bytes_per_row + more_layers * (two_layers.bytes_per_row - one_layer.bytes_per_row)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
     logits = 2 * sizes.padded_vocab_size * sizes.block_size  # bytes of one row's, in bf16
-    return Memory(fixed + 16 * parameters, per_row + 2 * logits)
+    return Memory(fixed + 16 * parameters(sizes), per_row + 2 * logits)
 
 
-def kept_by_rows(sizes: GPTConfig) -> Memory:
-    one, two = kept_bytes(sizes, batch_size=1), kept_bytes(sizes, batch_size=2)
+def kept_by_rows(sizes: GPTConfig, recompute: bool) -> Memory:
+    one, two = (kept_bytes(sizes, batch_size, recompute) for batch_size in (1, 2))
     return Memory(fixed_bytes=2 * one - two, bytes_per_row=two - one)
+
+
+def parameters(sizes: GPTConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPT(sizes).parameters())
+
+
+def with_shard(memory: Memory, sizes: GPTConfig, cards: int) -> Memory:
+    """The bytes of a step on each of several cards with --shard, from those of a step without."""
+    whole = parameters(sizes)
+    block = parameters(replace(sizes, n_layer=2)) - parameters(replace(sizes, n_layer=1))
+    gathered = whole - (sizes.n_layer - 3) * block
+    divided = memory.fixed_bytes - 16 * whole + 16 * whole // cards + 4 * whole + 4 * gathered
+    return replace(memory, fixed_bytes=divided)
 
 
 def compute(config: BenchmarkConfig) -> None:
     """Print the largest micro-batches of each size, and, last, a line of JSON with all figures."""
     figures = {}
     for name in [config.model] if config.model else PRESETS:
-        memory = predict(PRESETS[name])
-        largest = {size: memory.largest_batch_size(size) for size in GIGABYTES}
-        batches = ", ".join(f"{size} GB: {rows}" for size, rows in largest.items())
-        print(
-            f"{name:12} {memory.fixed_bytes / 1e9:6.2f} GB fixed, {memory.bytes_per_row / 1e9:.3f} GB for each row of "
-            f"{PRESETS[name].block_size} tokens; largest batch_size on {batches}",
-            flush=True,
-        )
-        figures[name] = asdict(memory) | {"largest_batch_size": largest}
+        sizes = PRESETS[name]
+        for recompute in (False, True):
+            memory = predict(sizes, recompute)
+            ways = {"whole": memory} | {f"shard {cards}": with_shard(memory, sizes, cards) for cards in CARDS}
+            for way, needed in ways.items():
+                title = f"{name}, {way}, recomputed" if recompute else f"{name}, {way}"
+                figures[title] = figures_of(needed)
+                print_way(title, needed)
     print(json.dumps(figures))
+
+
+def figures_of(memory: Memory) -> dict:
+    return asdict(memory) | {"largest_batch_size": {size: memory.largest_batch_size(size) for size in GIGABYTES}}
+
+
+def print_way(title: str, memory: Memory) -> None:
+    batches = ", ".join(f"{size} GB: {memory.largest_batch_size(size)}" for size in GIGABYTES)
+    print(
+        f"{title:32} {memory.fixed_bytes / 1e9:6.2f} GB fixed, {memory.bytes_per_row / 1e9:.3f} GB for each row; "
+        f"largest batch_size on {batches}",
+        flush=True,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

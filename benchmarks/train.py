@@ -36,22 +36,20 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
+from common.batches import rank_slice
+from common.device import choose_device, device_name, explain_out_of_memory, keep_freed_memory
 from common.huggingface import huggingface_config
 from common.processes import World, start_processes
 from common.script import (
     DataError,
     Positive,
     check_settings,
-    choose_device,
-    device_name,
-    explain_out_of_memory,
-    keep_freed_memory,
     parse_flags,
     run,
 )
 from common.tokenizer import N_TOKENS
 from model import GPT, PRESETS
-from recipes import RECIPES, AttentionBackend, Size, TrainConfig, fill_defaults, validate
+from recipes import AttentionBackend, Optimizer, Size, TrainConfig, fill_defaults, recipe, validate
 
 WAYS = ("transformers", "transformers_compiled", "eager", "compiled")
 Step = Callable[[Tensor], float]  # an optimizer step on rows (N, T + 1), which returns the loss
@@ -66,6 +64,7 @@ class BenchmarkConfig:
     warmup: Positive[int] = 2  # optimizer steps before them
     only: Literal["transformers", "transformers_compiled", "eager", "compiled"] | None = None  # way to measure alone
     profile: bool = False  # print where the time of --only, or of this program's default, goes
+    optimizer: Optimizer = "adamw"  # of this program
     attention: AttentionBackend = "auto"  # backend of scaled_dot_product_attention; auto: torch's own choice
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
 
@@ -73,11 +72,11 @@ class BenchmarkConfig:
 def train_config(config: BenchmarkConfig, device: torch.device, processes: int, way: str) -> TrainConfig:
     """The settings of training; raises UsageError for those that cannot be used."""
     check_settings(config)
-    sizes, recipe = PRESETS[config.model], RECIPES[config.model]
-    batch_size = config.batch_size or (1 if device.type == "cpu" else recipe.batch_size)
+    sizes, defaults = PRESETS[config.model], recipe(config.model, config.optimizer)
+    batch_size = config.batch_size or (1 if device.type == "cpu" else defaults.batch_size)
     compiled = way.endswith("compiled")
     settings = replace(
-        recipe,
+        defaults,
         batch_size=batch_size,
         total_batch_size=config.total_batch_size or batch_size * sizes.block_size * processes,
         attention=config.attention,
@@ -96,11 +95,12 @@ def default_way(device: torch.device) -> str:
 
 
 def this_program(settings: TrainConfig, world: World) -> Step:
-    trainer = train_gpt2.make_trainer(settings, world, GPT(PRESETS[settings.model]))
+    with train_gpt2.attention_backend(settings, world.device):
+        trainer = train_gpt2.make_trainer(settings, world, GPT(PRESETS[settings.model]))
 
     def step(rows: Tensor) -> float:
         with train_gpt2.attention_backend(settings, world.device):
-            return train_gpt2.training_step(trainer, rows)[0]
+            return train_gpt2.training_step(trainer, rank_slice(rows, settings.batch_size, world))[0]
 
     return step
 
@@ -119,7 +119,7 @@ def plain_loop(settings: TrainConfig, world: World) -> Step:
     dtype = train_gpt2.DTYPES[settings.dtype]
 
     def step(rows: Tensor) -> float:
-        micro_batches = train_gpt2.rank_slice(rows, settings.batch_size, world).to(world.device)
+        micro_batches = rank_slice(rows, settings.batch_size, world).to(world.device)
         for number, micro_batch in enumerate(micro_batches):
             model.require_backward_grad_sync = number == len(micro_batches) - 1
             idx = micro_batch[:, :-1]
@@ -252,7 +252,7 @@ def compare(config: BenchmarkConfig) -> None:
         "torch": torch.__version__,
         "model": config.model,
         "ceiling_flops_per_second": flops,
-        "flops_per_token": train_gpt2.flops_per_token(GPT(PRESETS[config.model])),
+        "flops_per_token": GPT(PRESETS[config.model]).flops_per_token(),
     }
     for key in ("tokens_per_second", "peak_memory_bytes"):
         figures[key] = {way: measured.get(key) for way, measured in ways.items()}

@@ -23,6 +23,7 @@ from common.files import MANIFEST, changed_files, flush, read_json, sha256, writ
 from common.huggingface import gpt2_shapes, load_tensors, save_gpt, save_tensors
 from common.processes import World
 from common.script import DataError, UsageError
+from common.sharding import divide_like, gather, gather_gpt
 from common.tokenizer import save_tokenizer
 
 NEEDED = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json")  # to resume
@@ -59,59 +60,71 @@ def locate(source: str) -> str:
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(out_dir: Path, state: TrainingState, record: dict, card: str) -> None:
-    """Write a checkpoint that is either complete or absent; raises OSError if the disk does not take it."""
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds of a run's state, whole on the main process."""
+
+    gpt: nn.Module
+    tensors: dict[str, Tensor]  # the optimizer's and the random generators'
+    record: dict  # for trainer.json
+
+
+def take_snapshot(state: TrainingState, world: World) -> Snapshot:
+    """The state to save, which all processes gather; what was divided among them is on the main one's CPU."""
+    destination = torch.device("cpu" if world.is_main else "meta")
+    gpt = gather_gpt(state.gpt, destination)  # first: it leaves in the network the parameters that the optimizer has
+    optimizer = {name: gather(value, destination) for name, value in optimizer_state(state).items()}
+    tensors = {name: value.contiguous() for name, value in optimizer.items() if isinstance(value, Tensor)}
+    tensors["random.cpu"] = torch.get_rng_state()
+    if world.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(world.device)
+    record = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "position": state.position,
+        "scores": state.scores,
+        "skipped": [state.skipped, state.skipped_in_a_row],
+        "scaler": state.scaler.state_dict(),
+        "optimizer": {name: value for name, value in optimizer.items() if name not in tensors},
+        "param_groups": state.optimizer.state_dict()["param_groups"],
+        "versions": versions(),
+    }
+    return Snapshot(gpt, tensors, record)
+
+
+def save_checkpoint(out_dir: Path, snapshot: Snapshot, record: dict, card: str) -> None:
+    """Write a checkpoint that is either complete or absent; raises OSError if the disk does not take it.
+
+    `record` is added to trainer.json.
+    """
     temporary = out_dir / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        write_checkpoint(temporary, state, record, card)
-        hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, hashes)
+        save_gpt(snapshot.gpt, temporary)
+        save_tokenizer(temporary, snapshot.gpt.config.block_size)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        save_tensors(snapshot.tensors, temporary / "optimizer.safetensors")
+        write_json(temporary / "trainer.json", record | snapshot.record)
+        write_json(temporary / MANIFEST, {path.name: sha256(path) for path in sorted(temporary.iterdir())})
         for path in temporary.iterdir():
             flush(path)
         flush(temporary)
-        os.replace(temporary, out_dir / f"step_{state.step:06d}")
+        os.replace(temporary, out_dir / f"step_{snapshot.record['step']:06d}")
         flush(out_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_checkpoint(directory: Path, state: TrainingState, record: dict, card: str) -> None:
-    """Write a checkpoint's files but for the manifest; `record` is added to trainer.json."""
-    save_gpt(state.gpt, directory)
-    save_tokenizer(directory, state.gpt.config.block_size)
-    (directory / "README.md").write_text(card, encoding="utf-8")
-    tensors, numbers = optimizer_state(state)
-    device = state.gpt.lm_head.weight.device
-    tensors["random.cpu"] = torch.get_rng_state()
-    if device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    save_tensors(tensors, directory / "optimizer.safetensors")
-    record = record | {
-        "step": state.step,
-        "tokens": state.tokens,
-        "position": state.position,
-        "skipped": [state.skipped, state.skipped_in_a_row],
-        "scores": state.scores,
-        "scaler": state.scaler.state_dict(),
-        "optimizer": numbers,
-        "param_groups": state.optimizer.state_dict()["param_groups"],
-        "versions": versions(),
-    }
-    write_json(directory / "trainer.json", record)
-
-
-def optimizer_state(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, float]]:
+def optimizer_state(state: TrainingState) -> dict[str, Tensor | float]:
     """The optimizer's tensors and numbers, each as KEY.PARAMETER; whatever keys an optimizer has."""
-    tensors, numbers = {}, {}
+    values = {}
     names = parameter_names(state)
     for index, entries in state.optimizer.state_dict()["state"].items():
         for key, value in entries.items():
             assert "." not in key and isinstance(value, Tensor | int | float), f"{key} cannot be saved"
-            kind = tensors if isinstance(value, Tensor) else numbers
-            kind[f"{key}.{names[index]}"] = value.contiguous() if isinstance(value, Tensor) else value
-    return tensors, numbers
+            values[f"{key}.{names[index]}"] = value
+    return values
 
 
 def parameter_names(state: TrainingState) -> list[str]:
@@ -185,7 +198,7 @@ def find_checkpoint(out_dir: Path, resume: bool, world: World) -> Path | None:
     """
     if world.is_main and not resume and (checkpoints(out_dir) or (out_dir / "log.jsonl").exists()):
         raise UsageError(f"--out_dir {out_dir} holds a run: continue it with --resume, or choose another directory")
-    newest, errors = newest_checkpoint(out_dir) if world.is_main and resume else (None, {})
+    newest, errors = (world.on_main(lambda: newest_checkpoint(out_dir)) if resume else None) or (None, {})
     if errors and newest is None:
         raise DataError(f"no checkpoint in --out_dir {out_dir} is whole: choose another directory to start anew")
     for directory, error in errors.items():
@@ -272,11 +285,12 @@ def restore(state: TrainingState, directory: Path, record: dict) -> None:
 
 def restore_optimizer(state: TrainingState, values: dict[str, Tensor | float], groups: list[dict] | None) -> None:
     """Give the optimizer the state that `optimizer_state` has taken from one; old checkpoints have no groups."""
+    parameters = dict(state.gpt.named_parameters())
     indices = {name: index for index, name in enumerate(parameter_names(state))}
     entries: dict[int, dict] = {}
     for full_name, value in values.items():
         key, name = full_name.split(".", 1)
-        entries.setdefault(indices[name], {})[key] = value
+        entries.setdefault(indices[name], {})[key] = divide_like(value, parameters[name])
     before = state.optimizer.state_dict()["param_groups"]
     require_types(groups or before, before)
     state.optimizer.load_state_dict({"state": entries, "param_groups": groups or before})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from common.script import DataError, UsageError
+from common.script import DataError, UsageError, escape
 
 MANIFEST = "MANIFEST.json"  # of a checkpoint: the SHA-256 of each of its files
 
@@ -107,7 +107,7 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
         if not wait:
             holder = " on ".join(path.read_text().split()[:2]) or "not known"
             raise UsageError(f"{path.parent} is in use by another process ({holder})") from None
-        print(f"waiting for another process that writes to {path.parent}", flush=True)
+        print(f"waiting for another process that writes to {escape(str(path.parent))}", flush=True)
         file_lock.acquire()
     try:
         with contextlib.suppress(OSError):  # a full disk, on which the holder cannot be named
@@ -121,14 +121,21 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claim(out_dir: Path) -> Iterator[None]:
-    """Hold a run's directory for this process alone; one that is still empty afterwards is removed."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UsageError(f"--out_dir {out_dir} is a file: choose a directory") from None
+    """Hold a run's directory for this process alone; one that was made for it and stays empty is removed."""
+    is_new = not out_dir.exists()
+    make_directory(out_dir)
     try:
         with lock(out_dir / ".lock", wait=False):
             yield
     finally:
-        with contextlib.suppress(OSError):
-            out_dir.rmdir()
+        if is_new:
+            with contextlib.suppress(OSError):  # it is no longer empty
+                out_dir.rmdir()
+
+
+def make_directory(out_dir: Path) -> None:
+    """Make the directory unless it is there; raises UsageError, which names the flag, if it cannot be."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out_dir {out_dir} cannot be a directory ({error.strerror}): choose another") from None

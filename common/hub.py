@@ -7,7 +7,6 @@ import functools
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import sha256
@@ -16,47 +15,36 @@ from common.script import DataError
 LOCAL_FILES = "give local files with --input"
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """A configuration of a data set, at one of its commits."""
+def list_train_files(dataset: str, name: str, revision: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The paths of a data set's train files at one of its commits; raises DataError for another suffix than these."""
+    import datasets
+    import huggingface_hub
 
-    dataset: str
-    name: str
-    revision: str
+    # a failure is to be one line, and fineweb.py has a progress bar of its own
+    datasets.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.disable_progress_bars()
+    with explain_errors(f"list the train files of --dataset {dataset} --name {name}", LOCAL_FILES):
+        builder = datasets.load_dataset_builder(dataset, name, revision=revision)
+        urls = builder.config.data_files["train"]
+    paths = [str(url).partition(f"@{revision}/")[2] for url in urls]
+    for path in paths:
+        if not path.endswith(suffixes):
+            raise DataError(f"--dataset {dataset} has {path}: convert it to {', '.join(suffixes)}, for --input")
+    return paths
 
-    def list_files(self, suffixes: tuple[str, ...]) -> list[str]:
-        """The paths of the train files; raises DataError for one whose name ends in none of the suffixes."""
-        import datasets
-        import huggingface_hub
 
-        # a failure is to be one line, and fineweb.py has a progress bar of its own
-        datasets.utils.logging.set_verbosity_error()
-        huggingface_hub.utils.logging.set_verbosity_error()
-        huggingface_hub.utils.disable_progress_bars()
-        with explain_errors(f"list the train files of --dataset {self.dataset} --name {self.name}", LOCAL_FILES):
-            builder = datasets.load_dataset_builder(self.dataset, self.name, revision=self.revision)
-            urls = builder.config.data_files["train"]
-        names = [str(url).partition(f"@{self.revision}/")[2] for url in urls]
-        for name in names:
-            if not name.endswith(suffixes):
-                raise DataError(
-                    f"--dataset {self.dataset} has {name}: convert it to {', '.join(suffixes)}, for --input"
-                )
-        return names
+def fetch_file(dataset: str, path: str, revision: str, directory: Path | None) -> Path:
+    """Download a file into a directory, or, if that is None, into the library's cache, unless it is there."""
+    from huggingface_hub import HfFileSystem, hf_hub_download
 
-    def fetch(self, name: str, directory: Path | None) -> Path:
-        """Download a file into a directory, or, if that is None, into the library's cache, unless it is there."""
-        from huggingface_hub import HfFileSystem, hf_hub_download
-
-        with explain_errors(f"download {name} of --dataset {self.dataset}", LOCAL_FILES):
-            path = Path(
-                hf_hub_download(self.dataset, name, repo_type="dataset", revision=self.revision, local_dir=directory)
-            )
-            listed = HfFileSystem().info(f"datasets/{self.dataset}@{self.revision}/{name}").get("lfs")
-            if listed and sha256(path) != listed["sha256"]:
-                path.resolve().unlink()  # in the cache it is a link
-                raise ValueError("SHA-256 mismatch")
-        return path
+    with explain_errors(f"download {path} of --dataset {dataset}", LOCAL_FILES):
+        file = Path(hf_hub_download(dataset, path, repo_type="dataset", revision=revision, local_dir=directory))
+        listed = HfFileSystem().info(f"datasets/{dataset}@{revision}/{path}").get("lfs")
+        if listed and sha256(file) != listed["sha256"]:
+            file.resolve().unlink()  # in the cache it is a link
+            raise ValueError("SHA-256 mismatch")
+    return file
 
 
 @functools.cache

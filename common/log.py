@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
 import json
 import math
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from common.files import atomic_write, flush
+from common.reference import Comparison
 from common.script import DataError
 
 
@@ -22,21 +27,29 @@ def read_log(directory: Path) -> list[dict]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            if type(record["step"]) is not int:
-                raise ValueError("no step")
-            records.append(record)
-        except (ValueError, TypeError, KeyError, RecursionError):
+            records.append(read_record(line))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             if number < len(lines):
                 raise DataError(f"{path}, line {number}, is damaged: delete the line") from None
     return records
 
 
+def read_record(line: str) -> dict:
+    """The record in a line of the log; raises ValueError or the like where there is none."""
+    record = json.loads(line)
+    if not all(type(step) is int and 0 <= step < 2**63 for step in (record["step"], record.get("sent", 0))):
+        raise ValueError("no step")
+    if not all(abs(value) < 1e300 for value in numbers(record).values()):
+        raise ValueError("a number that JSON does not have")
+    return record
+
+
 class Log:
     """Where one process of a run, the main one, writes; the others' are not enabled, and write nothing."""
 
-    def __init__(self, directory: Path, tracker: Tracker, enabled: bool) -> None:
+    def __init__(self, directory: Path, tracker: Tracker, comparison: Comparison, clock: Clock, enabled: bool) -> None:
         self.path, self.tracker, self.enabled = directory / "log.jsonl", tracker, enabled
+        self.comparison, self.clock = comparison, clock
         self.warned = False
 
     def start(self, step: int, redo_evaluation: bool, **record: Any) -> None:
@@ -45,10 +58,13 @@ class Log:
             return
         records = read_log(self.path.parent) if step and self.path.exists() else []
         last = step - 1 if redo_evaluation else step
-        kept = [r for r in records if r["step"] <= last or (r["step"] == step and "loss" in r)]
-        lines = [json.dumps(r) + "\n" for r in [*kept, {"step": step} | record]]
+        kept = [r for r in records if r["step"] <= last or (r["step"] == step and ("loss" in r or "seconds" in r))]
+        run = next((r["run"] for r in kept if "run" in r), uuid.uuid4().hex)
+        sent = max([r.get("sent", r["step"]) for r in records], default=0)  # the steps before were sent to a tracker
+        kept.append({"step": step, "run": run, "sent": sent} | record)
         with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        self.tracker.start(kept)
 
     def write(self, text: str, **record: Any) -> None:
         """Append a record, and print its text; a number that is not finite, which JSON lacks, becomes null."""
@@ -85,48 +101,107 @@ class Log:
                 print(f"warning: {self.path} or its picture cannot be written: {error}; training continues", flush=True)
             self.warned = True
 
-    def close(self) -> None:
-        self.tracker.close()
+    def close(self, finished: bool) -> None:
+        self.tracker.close(finished)
 
 
 class Tracker:
-    """TensorBoard, Weights & Biases or trackio, or none; one that fails says so once, and is disabled from then on."""
+    """TensorBoard, Weights & Biases or trackio, or none; one that fails says so once, and is disabled from then on.
+
+    A step is sent whole, once the next one begins. So a tracker has all of it or nothing, and on resuming it is sent,
+    from the log, what follows the last step that it has.
+    """
 
     def __init__(self, name: str, directory: Path, settings: dict, step: int) -> None:
-        self.name = name
-        self.send: Callable[[dict], object] = lambda record: None
+        self.name, self.directory, self.settings = name, directory, settings
+        self.first = step  # which the tracker lacks
+        self.unsent: dict = {}  # what is known of the step under way
+        self.send: Callable[[dict, int], object] = lambda values, step: None
         self.finish: Callable[[], object] = lambda: None
-        if name != "none":
-            self.attempt(self.open, directory, settings, step)
 
-    def open(self, directory: Path, settings: dict, step: int) -> None:
+    def start(self, records: list[dict]) -> None:
+        """Open the tracker, and send it what it lacks of these, the run's log."""
         if self.name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+            self.attempt(self.open_tensorboard)
+        elif self.name != "none":
+            self.attempt(self.open_library, records[-1]["run"], records[-1]["sent"])
+        for record in records:
+            self.log(record)
 
-            writer = SummaryWriter(directory, purge_step=step + 1, flush_secs=1)
-            writer.add_text("settings", json.dumps(settings))
-            self.send = lambda record: [writer.add_scalar(k, v, record["step"]) for k, v in numbers(record).items()]
-            self.finish = writer.close
+    def open_tensorboard(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(self.directory, purge_step=self.first, flush_secs=1)
+        writer.add_text("settings", json.dumps(self.settings))
+        self.send = lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
+        self.finish = writer.close
+
+    def open_library(self, run: str, sent: int) -> None:
+        """Open wandb or trackio at the run of an earlier process, or, for a run's first or its copy, at a new one."""
+        library = importlib.import_module(self.name)
+        name = self.directory.resolve().name
+        identity = hashlib.sha256(f"{name} {run}".encode()).hexdigest()[:8]
+        options = {"project": "gpt2", "name": f"{name}-{identity}", "resume": "allow", "config": self.settings}
+        if self.name == "trackio":  # it finds a run by its name
+            self.first = library.init(**options)._next_step
         else:
-            library = importlib.import_module(self.name)  # wandb, and trackio, which has the same functions
-            library.init(project="gpt2", name=directory.name, config=settings)
-            self.send = lambda record: library.log(numbers(record), step=record["step"])
-            self.finish = library.finish
+            tracked = library.init(id=identity, **options)
+            self.first = sent if tracked.offline else tracked.step  # offline, it cannot know
+        self.send, self.finish = library.log, library.finish
 
     def attempt(self, action: Callable[..., object], *args: Any) -> None:
         try:
             action(*args)
         except Exception as error:  # whatever it is, the run is worth more
-            self.send, self.finish = lambda record: None, lambda: None
+            self.send, self.finish = lambda values, step: None, lambda: None
             print(f"warning: --tracker {self.name} is disabled from here on: {error!r}", flush=True)
 
     def log(self, record: dict) -> None:
-        self.attempt(self.send, record)
+        if self.unsent and record["step"] > self.unsent["step"]:
+            self.send_step()
+        if record["step"] >= self.first:
+            self.unsent |= record
 
-    def close(self) -> None:
+    def send_step(self) -> None:
+        values, self.unsent = self.unsent, {}
+        self.attempt(self.send, numbers(values), values["step"])
+
+    def close(self, finished: bool) -> None:
+        """End; the last step of a run that was stopped is sent on resuming, since it lacks its evaluation."""
+        if finished and self.unsent:
+            self.send_step()
         self.attempt(self.finish)
 
 
 def numbers(record: dict) -> dict[str, float]:
-    """What a tracker can draw of a record."""
-    return {key: v for key, v in record.items() if key != "step" and isinstance(v, int | float)}
+    """What can be drawn of a record."""
+    return {key: v for key, v in record.items() if key not in ("step", "sent") and isinstance(v, int | float)}
+
+
+class Clock:
+    """Divides all wall time since it was made into named parts; what is not measured is `other`."""
+
+    def __init__(self) -> None:
+        self.seconds = {"other": 0.0}
+        self.part, self.since = "other", time.perf_counter()
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        outer = self.part
+        self.switch(part)
+        try:
+            yield
+        finally:
+            self.switch(outer)
+
+    def switch(self, part: str) -> None:
+        """End the present part, and begin another."""
+        now = time.perf_counter()
+        self.seconds[self.part] = self.seconds.get(self.part, 0.0) + now - self.since
+        self.part, self.since = part, now
+
+    def summary(self) -> str:
+        """The parts and their sum, up to now, as a text."""
+        self.switch(self.part)
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s in all: {parts}"

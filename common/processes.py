@@ -6,15 +6,20 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.script import DataError, UsageError, choose_device
+from common.device import choose_device
+from common.script import DataError, UsageError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,20 @@ class World:
 
     def barrier(self) -> None:
         self.any_rank(False)
+
+    def on_main(self, work: Callable[[], Result]) -> Result | None:
+        """Work on the main process alone, for which the others wait beyond --timeout, unless it hangs.
+
+        It works in a thread, so that it can tell them twice a second that it is alive. Its result, or the error that
+        it raises, is the main process's alone.
+        """
+        if self.size == 1:
+            return work()
+        future = ThreadPoolExecutor(1).submit(work) if self.is_main else None
+        while not self.any_rank(future and future.done()):
+            if future:
+                wait([future], timeout=0.5)
+        return future.result() if future else None
 
     def print(self, text: str) -> None:
         if self.is_main:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import atomic_write, is_unchanged, sha256, write_json
+from common.files import atomic_write, is_unchanged, read_json, sha256, write_json
 from common.script import DataError, progress_bar
 from common.tokenizer import END_OF_TEXT, N_TOKENS
 
@@ -67,16 +67,13 @@ def open_shards(directory: Path) -> Shards:
     manifest = load_manifest(directory) or {}
     if not manifest.get("complete", True):
         raise DataError(f"the shards in --data_dir {directory} are not complete: run the same fineweb.py command again")
-    entries = manifest.get("shards") or [{"name": name} for name in list_shards(directory)]
+    count = len(list_shards(directory))
+    entries = manifest.get("shards") or [{"name": shard_name(number)} for number in range(count)]
     if len(entries) < 2:
         raise DataError(f"--data_dir {directory} holds no val and train shards: make them with fineweb.py")
-    shards, identity = [], []
-    for number, entry in enumerate(entries):
-        if entry["name"] != shard_name(number):
-            raise DataError(f"{directory / shard_name(number)} is missing: build the shards again")
-        shard = open_shard(directory / entry["name"], entry.get("tokens"))
-        shards.append(shard)
-        identity.append([entry["name"], shard.tokens, entry.get("sha256")])
+    shards = [open_shard(directory / entry["name"], entry.get("tokens")) for entry in entries]
+    hashes = [entry.get("sha256") for entry in entries]
+    identity = [[shard.path.name, shard.tokens, digest] for shard, digest in zip(shards, hashes, strict=True)]
     return Shards(shards[0], shards[1:], identity, manifest.get("unigram_loss"), manifest.get("source"))
 
 
@@ -109,7 +106,8 @@ def write_shard(directory: Path, number: int, tokens: np.ndarray) -> dict[str, o
     """Write one shard; returns its entry for the manifest."""
     path = directory / shard_name(number)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, tokens)
+        file.write(shard_header(len(tokens)))
+        file.write(tokens.astype("<u2", copy=False))
     return {"name": path.name, "tokens": len(tokens), "sha256": sha256(path)}
 
 
@@ -119,12 +117,10 @@ def load_manifest(directory: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        if not path.is_file():
-            raise ValueError("not a regular file")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         check_manifest(manifest)
-    except (ValueError, RecursionError):
-        raise DataError(f"{path} was changed since it was written: restore it, or build {directory} again") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not as it was written ({error}): restore it, or build {directory} again") from None
     return {key: value for key, value in manifest.items() if key != "sha256"}
 
 
@@ -155,16 +151,10 @@ def check_manifest(manifest: object) -> None:
 
 def check_types(content: object, **types: type) -> None:
     """Raise ValueError unless this is a dictionary in which each of the keys has a value of its type."""
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), types[key]) for key in types):
-        raise ValueError(f"not {types}")
-
-
-def read_again(directory: Path, entry: dict) -> np.ndarray:
-    """The tokens of a shard that an earlier run wrote; raises DataError if the file has changed since."""
-    path = directory / entry["name"]
-    if not is_unchanged(path, entry["sha256"]):
-        raise DataError(f"{path} is not the file that manifest.json lists: restore it, or build {directory} again")
-    return open_shard(path).read(0, entry["tokens"])
+    for key, kind in types.items():
+        value = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(value, kind) or (kind is int and not 0 <= value < 2**63):
+            raise ValueError(f"it has no {key!r} of type {kind.__name__}")
 
 
 def count_tokens(tokens: np.ndarray) -> np.ndarray:
@@ -191,15 +181,12 @@ def verify(directory: Path) -> dict:
     """The manifest, once every shard is read again; raises DataError naming those that are not as they were written."""
     manifest = load_manifest(directory)
     if manifest is None:
-        raise DataError(f"--verify {directory} holds no manifest.json: fineweb.py did not make this directory")
-    entries = manifest["shards"]
-    bar = progress_bar(iterable=entries, unit=" shards")
-    damaged = [entry["name"] for entry in bar if not is_unchanged(directory / entry["name"], entry["sha256"])]
+        raise DataError(f"{directory} holds no manifest.json: fineweb.py did not make this directory")
+    hashes = {entry["name"]: entry["sha256"] for entry in manifest["shards"]}
+    bar = progress_bar(iterable=hashes, unit=" shards")
+    damaged = [name for name in bar if not is_unchanged(directory / name, hashes[name])]
     if manifest["complete"]:  # a run that was killed may have written a shard more
-        listed = {entry["name"] for entry in entries}
-        damaged += [name for name in list_shards(directory) if name not in listed]
+        damaged += [name for name in list_shards(directory) if name not in hashes]
     if damaged:
         raise DataError(f"{directory}: not as manifest.json lists: {', '.join(damaged)}; restore, or build again")
-    if not manifest["complete"]:
-        raise DataError(f"{directory}: {len(entries)} shards are whole, but not complete: run the same command again")
     return manifest

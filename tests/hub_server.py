@@ -23,7 +23,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         api = f"/api/{hub.repo}" if hub.repo.startswith("datasets/") else f"/api/models/{hub.repo}"
         files = f"/{hub.repo}/resolve/{hub.revision}/"
         listing = f"{api}/tree/{hub.revision}"
-        if path == f"{api}/revision/{hub.revision}":
+        if path.removeprefix(files) in hub.broken:
+            self.answer(b"", status=500)
+        elif path == f"{api}/revision/{hub.revision}":
             self.answer(json.dumps({"id": hub.repo.removeprefix("datasets/"), "sha": hub.commit}).encode())
         elif path.startswith(listing):
             self.answer(json.dumps(self.tree(path.removeprefix(listing).strip("/"))).encode())
@@ -80,6 +82,7 @@ def serve(repo, revision, files):
     server.breaks = 0  # how many answers of over 1,000 bytes break off after those
     server.stalls = threading.Event()  # answers of over 1,000 bytes wait for it
     server.stalls.set()
+    server.broken = set()  # files for which the answer is an error of the server
     server.wrong = set()  # files that are listed with a hash which is not theirs
     server.damaged = set()  # files that arrive as zeros, though listed as they are
     server.url = f"http://127.0.0.1:{server.server_port}"

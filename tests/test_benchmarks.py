@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import checkpoint, generate, memory, train
+from benchmarks import batches, checkpoint, generate, memory, train
 from common.script import UsageError
+from common.sharding import recompute_blocks
 from common.tokenizer import N_TOKENS
-from model import GPT, GPTConfig
+from model import GPT, PRESETS, GPTConfig
 
 SIZES = GPTConfig(block_size=128, n_layer=3, n_head=2, n_embd=64)
 
@@ -41,6 +42,13 @@ def test_cached_generation_writes_the_tokens_of_the_uncached(small_debug, capsys
     assert figures["same_tokens"] is True
     rates = figures["tokens_per_second"]
     assert figures["ratio"] == pytest.approx(rates["cached"] / rates["uncached"])
+
+
+def test_the_batches_benchmark_waits_less_for_what_was_read_ahead(capsys):
+    batches.main(["--processes", "2", "--steps", "3", "--step_ms", "50"])
+    figures = last_line(capsys)
+    assert list(figures) == [f"rank {rank}, {order}" for order in ("in order", "shuffled") for rank in (0, 1)]
+    assert figures["rank 0, shuffled"]["ahead_ms"] < figures["rank 0, shuffled"]["asked_ms"]
 
 
 def test_the_checkpoint_benchmark_ends_in_its_figures_and_leaves_nothing_behind(small_debug, tmp_path, capsys):
@@ -92,12 +100,33 @@ def test_the_training_benchmark_ends_in_the_figures_of_each_way(launcher):
 
 def test_the_memory_benchmark_ends_in_the_largest_batches(small_debug, capsys):
     memory.main(["--model", "debug"])
-    figures = last_line(capsys)["debug"]
-    batches = figures["largest_batch_size"]
-    assert batches.keys() == {"24", "40", "80"}
-    for gigabytes, rows in batches.items():
-        needed = figures["fixed_bytes"] + rows * figures["bytes_per_row"]
-        assert needed <= 0.9e9 * int(gigabytes) < needed + figures["bytes_per_row"]
+    figures = last_line(capsys)
+    ways = [f"debug, {way}" for way in ("whole", "shard 2", "shard 4", "shard 8")]
+    assert list(figures) == ways + [f"{way}, recomputed" for way in ways]
+    for memory_of_way in figures.values():
+        batches = memory_of_way["largest_batch_size"]
+        assert batches.keys() == {"24", "40", "80"}
+        for gigabytes, rows in batches.items():
+            needed = memory_of_way["fixed_bytes"] + rows * memory_of_way["bytes_per_row"]
+            assert needed <= 0.9e9 * int(gigabytes) < needed + memory_of_way["bytes_per_row"]
+
+
+def test_shard_divides_16_bytes_a_parameter_and_adds_gradients_embeddings_and_three_blocks():
+    sizes = PRESETS["gpt2-xl"]
+    whole = memory.Memory(fixed_bytes=30 * 10**9, bytes_per_row=10**9)
+    shapes = {name: weight.numel() for name, weight in on_meta(sizes).named_parameters()}
+    block = sum(size for name, size in shapes.items() if ".h.0." in name)
+    rest = sum(size for name, size in shapes.items() if ".h." not in name)
+    for cards in (2, 8):
+        parameters = sum(shapes.values())
+        added = 4 * parameters + 4 * rest + 12 * block
+        expected = 30 * 10**9 - 16 * parameters * (cards - 1) / cards + added
+        assert memory.with_shard(whole, sizes, cards).fixed_bytes == pytest.approx(expected, abs=1)
+
+
+def on_meta(sizes):
+    with torch.device("meta"):
+        return GPT(sizes)
 
 
 def test_no_batch_fits_where_the_fixed_bytes_do_not():
@@ -106,18 +135,21 @@ def test_no_batch_fits_where_the_fixed_bytes_do_not():
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_compiled_step_takes_the_predicted_memory(tmp_path):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_step_takes_the_predicted_memory(tmp_path, recompute):
     rows = 3
     parameters = sum(parameter.numel() for parameter in GPT(SIZES).parameters())
-    predicted = memory.predict(SIZES)
+    predicted = memory.predict(SIZES, recompute)
     allocated = predicted.fixed_bytes - 16 * parameters + rows * predicted.bytes_per_row
-    assert peak_of_a_step(SIZES, rows, tmp_path / "trace.json") == pytest.approx(allocated, rel=0.001)
+    assert peak_of_a_step(SIZES, rows, recompute, tmp_path / "trace.json") == pytest.approx(allocated, rel=0.001)
 
 
-def peak_of_a_step(sizes, batch_size, trace):
+def peak_of_a_step(sizes, batch_size, recompute, trace):
     """The most bytes that a compiled forward and backward pass has allocated at a time, gradients aside."""
     torch.compiler.reset()
     gpt = GPT(sizes)
+    if recompute:
+        recompute_blocks(gpt)
     model = torch.compile(gpt, fullgraph=True, dynamic=False)
     rows = torch.randint(N_TOKENS, (batch_size, sizes.block_size + 1))
 

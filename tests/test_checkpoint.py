@@ -24,7 +24,7 @@ from recipes import MUST_MATCH, TrainConfig, default_config, parse_config
 from train_gpt2 import train
 
 ALONE = World(0, 1, torch.device("cpu"))
-CLOCK = ("ms", "tokens_per_second", "mfu")
+CLOCK = ("ms", "tokens_per_second", "mfu", "seconds")
 CONSTANT = {"min_lr": 1e-2, "warmup_steps": 0}  # a learning rate that does not depend on max_steps
 
 pytestmark = pytest.mark.usefixtures("small_debug", "shards")
@@ -214,7 +214,10 @@ def test_an_interrupted_runs_log_has_the_records_of_the_uninterrupted_one(run, f
 
 def test_an_evaluation_that_is_due_by_itself_is_in_the_resumed_log_once(tmp_path, monkeypatch):
     scores = {"hellaswag_nanogpt_acc": 0.25}
-    evaluations = [(every, lambda *_: True, lambda *_: scores) for every in ("eval_every", "hellaswag_every")]
+    evaluations = [
+        train_gpt2.Evaluation(every, every, lambda *_: True, lambda *_: scores)
+        for every in ("eval_every", "hellaswag_every")
+    ]
     monkeypatch.setattr(train_gpt2, "EVALUATIONS", evaluations)
     config = quick_config(hellaswag_every=2, save_every=2)
     train(config)
@@ -276,9 +279,13 @@ CHANGES = {
     "batch_ramp_tokens": 100,
     "shuffle": True,
     "seed": 1,
+    "optimizer": "muon",
+    "schedule": "linear",
+    "decay_fraction": 0.5,
     "warmup_steps": 3,
     "max_lr": 2e-4,
     "min_lr": 2e-4,
+    "muon_lr": 2e-4,
     "beta1": 0.8,
     "beta2": 0.9,
     "weight_decay": 0.0,

@@ -23,6 +23,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 RESTARTS = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as in the README's command
 SETTINGS = {"total_batch_size": 64, "max_lr": 3e-3, "save_every": 10}
+with_and_without_shard = pytest.mark.parametrize("shard", [False, True], ids=["whole", "shard"])
 
 
 @pytest.fixture
@@ -100,37 +101,6 @@ def test_the_evaluation_of_the_step_that_a_signal_ended_is_made_up_for(shards, t
     assert list(logged(tmp_path / "log", "val_loss")) == [0, 4, 6]
 
 
-class Library:
-    """A tracking library that loses its connection at step 3."""
-
-    __spec__ = "not None"
-
-    def __init__(self):
-        self.sent = []
-
-    def init(self, project, name, config):
-        assert config["max_steps"] == 6 and name == "log"
-
-    def log(self, numbers, step):
-        self.sent.append((step, numbers.get("loss"), numbers.get("val_loss")))
-        if step == 3:
-            raise RuntimeError("no connection")
-
-    def finish(self):
-        self.sent.append("finish")
-
-
-@pytest.mark.usefixtures("small_debug")
-def test_a_tracker_gets_the_numbers_and_never_stops_training(shards, tmp_path, monkeypatch, capsys):
-    library = Library()
-    monkeypatch.setitem(sys.modules, "wandb", library)
-    train_gpt2.train(tiny_config(max_steps=6, tracker="wandb"))
-    losses, val = logged(tmp_path / "log"), logged(tmp_path / "log", "val_loss")
-    assert library.sent == [(0, None, val[0]), *((step, losses[step], None) for step in (1, 2, 3))]
-    assert len(losses) == 6
-    assert capsys.readouterr().out.count("--tracker wandb is disabled from here on: RuntimeError('no connection')") == 1
-
-
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 WORLD = """
@@ -163,6 +133,57 @@ def test_the_sum_of_one_process_is_not_its_argument():
     assert numbers.tolist() == [1.0, 1.0]
 
 
+PATIENT = """
+import sys, time
+sys.path.insert(0, {root!r})
+from common.processes import start_processes
+with start_processes("cpu", timeout=2) as world:
+    began = time.monotonic()
+    saved = world.on_main(lambda: time.sleep(6) or "saved")
+    print(f"{{world.rank}} {{saved}} {{time.monotonic() - began > 5.9}}\\n", end="", flush=True)
+    world.barrier()
+"""
+
+
+def test_processes_wait_for_the_main_one_beyond_the_timeout_and_it_alone_works(tmp_path):
+    (tmp_path / "patient.py").write_text(PATIENT.format(root=str(ROOT)))
+    finished = run_script(tmp_path / "patient.py", processes=2)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(finished.stdout.splitlines()) == ["0 saved True", "1 None True"]
+
+
+GRADIENTS = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import train_gpt2
+from common.processes import start_processes
+from conftest import tiny_config
+from model import GPT, GPTConfig
+with start_processes("cpu", timeout=60) as world:
+    config = tiny_config(block_size=16, total_batch_size=128, min_lr=0.0, initial_batch_size=128)
+    gpt = GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=16))
+    trainer = train_gpt2.make_trainer(config, world, gpt)
+    rows = torch.zeros(2, 2, 17, dtype=torch.long)
+    for _ in range(3):
+        train_gpt2.training_step(trainer, rows)
+    train_gpt2.accumulate_gradients(trainer, rows)
+    gradients = [parameter.grad for parameter in gpt.parameters()]
+    storages = {{gradient.untyped_storage().data_ptr(): gradient.untyped_storage().nbytes() for gradient in gradients}}
+    assert sum(storages.values()) == 4 * sum(gradient.numel() for gradient in gradients)
+    world.print(f"{{len(gradients)}} {{len(storages)}}")
+"""
+
+
+def test_gradients_of_several_processes_are_views_of_few_buckets(tmp_path):
+    """Between accumulation steps too: apart from the buckets, they would take their memory twice."""
+    (tmp_path / "gradients.py").write_text(GRADIENTS.format(root=str(ROOT)))
+    finished = run_script(tmp_path / "gradients.py", processes=2, env={"PYTHONPATH": str(ROOT / "tests")})
+    assert finished.returncode == 0, finished.stderr
+    gradients, buckets = map(int, finished.stdout.split())
+    assert gradients == 28 and buckets <= 3
+
+
 POISONED = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -171,7 +192,7 @@ accumulate = train_gpt2.accumulate_gradients
 def poisoned(trainer, micro_batches):
     loss = accumulate(trainer, micro_batches)
     if os.environ["RANK"] == "1" and trainer.state.step == 2:
-        trainer.state.gpt.lm_head.weight.grad[0, 0] = float("nan")
+        trainer.state.gpt.lm_head.weight.grad.mul_(float("nan"))
     return loss
 train_gpt2.accumulate_gradients = poisoned
 train_gpt2.script.run(train_gpt2.main)
@@ -179,9 +200,10 @@ train_gpt2.script.run(train_gpt2.main)
 
 
 @pytest.mark.slow
-def test_nan_in_one_processs_gradient_is_skipped_by_all(shards, tmp_path):
+@with_and_without_shard
+def test_nan_in_one_processs_gradient_is_skipped_by_all(shards, tmp_path, shard):
     (tmp_path / "poisoned.py").write_text(POISONED.format(root=str(ROOT)))
-    finished = run_script(tmp_path / "poisoned.py", *flags(max_steps=6), processes=2)
+    finished = run_script(tmp_path / "poisoned.py", *flags(max_steps=6, shard=shard), processes=2)
     assert finished.returncode == 0, finished.stderr
     assert logged(tmp_path / "log", "skipped") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
     assert all(loss is not None for loss in logged(tmp_path / "log").values())
@@ -206,21 +228,23 @@ def test_a_signal_ends_the_run_after_a_step_that_is_saved(shards, tmp_path, kind
 
 
 @pytest.mark.slow
-def test_a_signal_to_torchrun_stops_all_processes_together(shards, tmp_path):
-    directory = run_whole(tmp_path, processes=2, max_steps=40)
-    process = start(TORCHRUN, max_steps=40, save_every=0)
+@with_and_without_shard
+def test_a_signal_to_torchrun_stops_all_processes_together(shards, tmp_path, shard):
+    directory = run_whole(tmp_path, processes=2, max_steps=40, shard=shard)
+    process = start(TORCHRUN, max_steps=40, save_every=0, shard=shard)
     wait_until(lambda: 5 in logged(tmp_path / "log"))
     process.terminate()
     process.wait(60)
     assert "stopped by a signal" in (tmp_path / "out").read_text()
-    assert start(TORCHRUN, max_steps=40, resume=True).wait(120) == 0
+    assert start(TORCHRUN, max_steps=40, resume=True, shard=shard).wait(120) == 0
     assert_same_end(directory, tmp_path / "log", 40)
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_by_itself_with_resume_in_the_command_of_the_readme(shards, tmp_path):
-    directory = run_whole(tmp_path, processes=2, max_steps=60)
-    process = start([*TORCHRUN, "--max_restarts=3"], RESTARTS, max_steps=60, resume=True)
+@with_and_without_shard
+def test_torchrun_goes_on_by_itself_with_resume_in_the_command_of_the_readme(shards, tmp_path, shard):
+    directory = run_whole(tmp_path, processes=2, max_steps=60, shard=shard)
+    process = start([*TORCHRUN, "--max_restarts=3"], RESTARTS, max_steps=60, resume=True, shard=shard)
     for step in (12, 32):
         wait_until(lambda step=step: step in logged(tmp_path / "log"))
         os.kill(workers_of(process)[1], signal.SIGKILL)
@@ -240,8 +264,22 @@ def test_torchrun_never_goes_on_by_itself_without_resume(shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_the_run_within_the_timeout(shards, tmp_path):
-    process = start(TORCHRUN, max_steps=100_000, timeout=5)
+def test_a_main_process_that_hangs_while_it_saves_ends_the_run_within_the_timeout(tmp_path):
+    (tmp_path / "patient.py").write_text(PATIENT.format(root=str(ROOT)).replace("time.sleep(6)", "time.sleep(600)"))
+    with open("err", "w") as err:
+        process = subprocess.Popen([*TORCHRUN, "patient.py"], stderr=err, env=ENVIRONMENT)
+    wait_until(lambda: len(workers_of(process)) == 2)
+    time.sleep(10)  # they are well past the timeout
+    assert process.poll() is None
+    os.kill(workers_of(process)[0], signal.SIGSTOP)
+    assert process.wait(120) != 0
+    assert "did not answer within --timeout 2 s" in (tmp_path / "err").read_text()
+
+
+@pytest.mark.slow
+@with_and_without_shard
+def test_a_process_that_hangs_ends_the_run_within_the_timeout(shards, tmp_path, shard):
+    process = start(TORCHRUN, max_steps=100_000, timeout=5, shard=shard)
     wait_until(lambda: 5 in logged(tmp_path / "log"))
     os.kill(workers_of(process)[1], signal.SIGSTOP)
     began = time.monotonic()
@@ -267,9 +305,11 @@ def kill_at_random(process, out_dir, generator, while_saving):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_20_kills_at_random_moments_end_in_the_uninterrupted_runs_parameters(shards, tmp_path, processes):
-    settings = {"max_steps": 400, "eval_every": 20}
+@pytest.mark.parametrize(
+    ("processes", "settings"), [(1, {}), (2, {"optimizer": "muon"}), (2, {"optimizer": "muon", "shard": True})]
+)
+def test_20_kills_at_random_moments_end_in_the_uninterrupted_runs_parameters(shards, tmp_path, processes, settings):
+    settings = {"max_steps": 400, "eval_every": 20, "optimizer": "adamw"} | settings
     directory = run_whole(tmp_path, processes=0 if processes == 1 else 2, save_every=0, **settings)
     launcher = [sys.executable] if processes == 1 else TORCHRUN
     generator, hits = random.Random(processes), 0
@@ -279,6 +319,19 @@ def test_20_kills_at_random_moments_end_in_the_uninterrupted_runs_parameters(sha
     assert hits >= 3 and 0 < max(checkpoints(tmp_path / "log")) < 400
     assert start(launcher, save_every=0, resume=True, **settings).wait(300) == 0, (tmp_path / "err").read_text()
     assert_same_end(directory, tmp_path / "log", 400)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_run_of_four_processes_is_resumed_bit_for_bit(shards, tmp_path, shard):
+    """Unlike that of two processes, a sum of four depends on the order in which it is added."""
+    settings = {"batch_size": 1, "max_steps": 6, "save_every": 3, "shard": shard}
+    directory = run_whole(tmp_path, processes=4, **settings)
+    shutil.copytree(directory, tmp_path / "log")
+    shutil.rmtree(tmp_path / "log" / "step_000006")
+    finished = run_script("train_gpt2.py", *flags(resume=True, **settings), processes=4)
+    assert finished.returncode == 0, finished.stderr
+    assert_same_end(directory, tmp_path / "log", 6)
 
 
 @pytest.fixture

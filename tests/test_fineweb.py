@@ -1,13 +1,13 @@
 """Shards hold exactly the source's tokens, whatever the documents, the sizes, the processes and the interruptions."""
 
 import contextlib
-import errno
 import importlib.util
 import json
 import math
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -150,8 +150,8 @@ def test_max_tokens_cuts_the_stream(tmp_path):
 
 
 def contents(directory):
-    """The files of a directory, with their bytes."""
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    """The files of a directory, with their hashes."""
+    return {path.name: sha256(path) for path in directory.iterdir()}
 
 
 class Interrupted(Exception):
@@ -312,18 +312,22 @@ def test_damaged_sources_are_refused_by_name(tmp_path):
         with pytest.raises(DataError, match=says):
             build("--input", name, "--shard_size", 10, "--out_dir", "out")
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(UsageError, match="only 1 tokens, not enough for a second shard.*more text"):
+    with pytest.raises(UsageError, match="1 tokens fill no second shard.*more text"):
         build("--input", "empty.txt", "--shard_size", 10, "--out_dir", "out")
     with pytest.raises(DataError, match="--text_column"):
         build("--input", "whole.parquet", "--text_column", "body", "--shard_size", 10, "--out_dir", "out")
 
 
-def test_blank_lines_and_byte_order_marks_are_no_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\n\n  \n{"text": "two"}\n\n')
+def test_blank_lines_byte_order_marks_and_nulls_are_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\n\n  \n{"text": null}\n{"text": "two"}\n\n')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
-    names = ["a.jsonl", "b.txt", "./a.jsonl", "*.jsonl"]  # each file once
+    write_parquet(tmp_path / "c.parquet", [None, "four", None])
+    values = pyarrow.DictionaryArray.from_arrays([None, 0], ["five"])
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "d.parquet")
+    names = ["a.jsonl", "b.txt", "./a.jsonl", "*.jsonl", "*.parquet"]  # each file once
     build("--input", *names, "--shard_size", 2, "--out_dir", "out")
-    assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected_tokens(["one", "two", "three"])
+    expected = expected_tokens(["one", "two", "three", "four", "five"])
+    assert np.concatenate(read_directory(tmp_path / "out")[1]).tolist() == expected
 
 
 def test_a_file_that_changed_since_an_interruption_is_refused(tmp_path):
@@ -356,7 +360,7 @@ def test_a_manifest_that_was_changed_by_hand_is_refused(tmp_path):
     for damaged in ("", "[]", '{"shards": 3', "{}", whole[:-20], moved, "[" * 100_000, "null", '{"a":' * 100_000):
         path.write_text(damaged)
         for flags in (["--verify", "out"], ["--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out"]):
-            with pytest.raises(DataError, match=r"manifest\.json was changed"):
+            with pytest.raises(DataError, match=r"manifest\.json is not as it was written"):
                 build(*flags)
     path.write_text(whole)
     build("--verify", "out")
@@ -389,7 +393,7 @@ def test_an_unfinished_directory_does_not_verify_and_a_changed_shard_in_it_is_re
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
     flags = ["--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out"]
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(fineweb, "summary", lambda counts: 1 / 0)
+        patch.setattr(fineweb.shards, "summary", lambda counts: 1 / 0)
         build(*flags)
     with pytest.raises(DataError, match="not complete"):
         build("--verify", "out")
@@ -403,33 +407,54 @@ def test_an_unfinished_directory_does_not_verify_and_a_changed_shard_in_it_is_re
     build("--verify", "out")
 
 
-@pytest.mark.parametrize("number", [0, 2])
-def test_a_full_disk_is_one_line_and_leaves_the_shards_before_it(tmp_path, monkeypatch, number):
+@pytest.mark.parametrize(("largest", "shards"), [(1000, 0), (1200, 3)])  # bytes: no shard fits, or no fourth entry
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_the_shards_before_it(tmp_path, largest, shards):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
-    flags = ["--input", "a.jsonl", "--shard_size", 1000]
+    flags = ["--input", "a.jsonl", "--shard_size", 500]
     build(*flags, "--out_dir", "whole")
-    save = np.save
-
-    def save_some(file, tokens):
-        if shard_name(number) in file.name:
-            file.write(bytes(100))
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(file, tokens)
-
-    with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left.*same command again"):
-        patch.setattr(np, "save", save_some)
-        build(*flags, "--out_dir", "torn")
-    assert len(list((tmp_path / "torn").glob("*.npy"))) == number and not list((tmp_path / "torn").glob("*.tmp"))
+    whole = contents(tmp_path / "whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
+    try:
+        with pytest.raises(DataError, match="cannot build torn.*File too large.*same command again"):
+            build(*flags, "--out_dir", "torn")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    torn = contents(tmp_path / "torn")
+    assert len(json.loads((tmp_path / "torn" / "manifest.json").read_text())["shards"]) == shards
+    assert torn.keys() <= whole.keys() and all(torn[name] == whole[name] for name in torn if name.endswith(".npy"))
     build(*flags, "--out_dir", "torn")
-    assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "torn") == whole
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
     (tmp_path / "file").write_text("")
-    for out in ("file", "file/inside", "/proc/inside"):
+    for out, status in (("file", 2), ("/dev/null", 2), ("file/inside", 1), ("/proc/inside", 1)):
         finished = run_script("fineweb.py", "--input", "a.jsonl", "--shard_size", 1000, "--out_dir", out)
-        assert finished.returncode == 1 and out in finished.stderr and len(finished.stderr.splitlines()) == 1
+        assert finished.returncode == status and len(finished.stderr.splitlines()) == 1
+        assert f"--out_dir {out}" in finished.stderr or status == 1 and f"cannot build {out}" in finished.stderr
+
+
+def test_only_regular_files_are_taken_as_input_as_manifest_and_as_shard(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "endless.txt").symlink_to("/dev/zero")
+    (tmp_path / "directory.txt").mkdir()
+    for name in ("pipe.jsonl", "endless.txt", "directory.txt", "*.txt"):
+        with pytest.raises(UsageError, match=r"--input .* is not a file"):
+            build("--input", name, "--shard_size", 1000, "--out_dir", "out")
+    flags = ["--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out"]
+    build(*flags)
+    for name in (shard_name(1), "manifest.json"):
+        path = tmp_path / "out" / name
+        path.rename(tmp_path / "kept")
+        for replace in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+            replace(path)
+            with pytest.raises(DataError, match=name):
+                build("--verify", "out")
+            path.unlink()
+        (tmp_path / "kept").rename(path)
 
 
 def test_prefetch_keeps_the_order_makes_few_items_ahead_and_passes_errors_on():
@@ -530,16 +555,15 @@ def test_25_kills_at_random_moments_end_in_the_same_bytes(tmp_path):
         process = subprocess.Popen([*command, "--out_dir", f"torn{attempt}", "--encoder", encoder])
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(generator.uniform(0, longest))
-        kills[encoder] += process.poll() is None
         process.kill()
-        process.wait()
-        manifest = tmp_path / f"torn{attempt}" / "manifest.json"
-        if manifest.exists() and json.loads(manifest.read_text())["complete"]:
+        if process.wait() == 0:  # only a run that ended by itself has put everything in order
             assert contents(tmp_path / f"torn{attempt}") == contents(tmp_path / "whole")
             attempt += 1
-    if attempt == 0 or (tmp_path / f"torn{attempt}").exists():
-        subprocess.run([*command, "--out_dir", f"torn{attempt}"], check=True, stdout=subprocess.DEVNULL)
-        assert contents(tmp_path / f"torn{attempt}") == contents(tmp_path / "whole")
+        else:
+            assert process.returncode == -signal.SIGKILL
+            kills[encoder] += 1
+    subprocess.run([*command, "--out_dir", f"torn{attempt}"], check=True, stdout=subprocess.DEVNULL)
+    assert contents(tmp_path / f"torn{attempt}") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow

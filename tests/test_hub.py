@@ -127,6 +127,16 @@ def test_without_a_network_the_hub_is_one_line_and_nothing_is_lost(tmp_path):
     fails_in_one_line(run_script("fineweb.py", env=env), "HuggingFaceFW/fineweb-edu", "--input")
 
 
+@pytest.mark.slow
+def test_a_hub_that_cannot_be_reached_or_fails_is_one_line_without_the_libraries_warnings(hub):
+    for broken in ("README.md", FIRST):  # the libraries try for 25 seconds each
+        hub.broken = {broken}
+        fails_in_one_line(build(hub), "HuggingFaceFW/fineweb-edu", "run the same command again, or give local files")
+    hub.env["HF_ENDPOINT"] = "http://127.0.0.1:1"  # where nothing listens
+    hub.env["HF_HOME"] += "/empty"
+    fails_in_one_line(build(hub), "HuggingFaceFW/fineweb-edu", "run the same command again, or give local files")
+
+
 def test_ctrl_c_does_not_wait_for_a_download(tmp_path, hub):
     hub.stalls = threading.Event()
     command = [sys.executable, ROOT / "fineweb.py", "--shard_size", "1000"]

@@ -4,23 +4,25 @@ import importlib.util
 import json
 import math
 import resource
+import shutil
 import sys
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
-import matplotlib.image
 import pytest
 from conftest import tiny_config
 
 import plot
 import train_gpt2
-from common.log import Log, Tracker, read_log
+from common.log import Clock, Log, Tracker, read_log
 from common.script import DataError, UsageError
 
 NO_TRACKER = Tracker("none", None, {}, 0)
 
 
 def open_log(directory, step=0, redo=False, enabled=True, tracker=NO_TRACKER):
-    log = Log(directory, tracker, enabled)
+    log = Log(directory, tracker, comparison=None, clock=Clock(), enabled=enabled)
     log.start(step, redo, processes=1)
     return log
 
@@ -44,7 +46,9 @@ def values(directory, key):
 def test_a_log_begins_with_the_process_group_and_gives_back_what_was_written(tmp_path):
     log = open_log(tmp_path)
     log.write("step 1", step=1, loss=0.1 + 0.2, batch="ab")
-    assert read_log(tmp_path) == [{"step": 0, "processes": 1}, {"step": 1, "loss": 0.1 + 0.2, "batch": "ab"}]
+    start, written = read_log(tmp_path)
+    assert start["step"] == 0 and start["processes"] == 1
+    assert written == {"step": 1, "loss": 0.1 + 0.2, "batch": "ab"}
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == read_log(tmp_path)
 
@@ -59,7 +63,7 @@ def test_a_log_that_is_not_enabled_writes_and_prints_nothing(tmp_path, capsys):
     write_steps(log, range(4))
     log.flush()
     log.attempt(plot.draw, tmp_path)
-    log.close()
+    log.close(finished=True)
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
 
 
@@ -80,7 +84,14 @@ def test_a_last_line_that_was_cut_off_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"step": 2, "lo', "", "[]", "3", "null", '{"loss": 1.0}', '{"step": "2"}', '{"step": 1.5}', "[" * 10**5]
+    "line",
+    [
+        *('{"step": 2, "lo', "", "[]", "3", "null", '{"loss": 1.0}', "[" * 10**5),
+        *(f'{{"step": {step}}}' for step in ('"2"', 1.5, "Infinity", "true", "[1]", -1, 10**30, 10**400, "9" * 5000)),
+        *(f'{{"step": 2, "sent": {step}}}' for step in ('"2"', -1, 10**30)),
+        *(f'{{"step": 2, "loss": {loss}}}' for loss in ("NaN", "-Infinity", "1e999", 10**400)),
+    ],
+    ids=lambda line: line[:30],
 )
 def test_a_damaged_line_is_refused_by_file_and_number(tmp_path, line):
     (tmp_path / "log.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 3}}\n')
@@ -176,42 +187,123 @@ def test_a_picture_that_cannot_be_drawn_is_warned_of_once_and_left_out(tmp_path,
 # ---- trackers --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def library(monkeypatch):
-    """A tracker's library that remembers what it is sent, and with `fails` has no connection at step 3."""
-    library = SimpleNamespace(sent=[], runs=[], finished=0, fails=False)
+class Library:
+    """A library as wandb or trackio, which find a run by id or name, or as wandb offline, which appends unseen.
 
-    def log(record, step):
-        if library.fails and step == 3:
+    It `fails` at step 3.
+    """
+
+    __spec__ = "not None"
+
+    def __init__(self, kind):
+        self.kind, self.runs, self.settings, self.finished, self.fails = kind, {}, [], 0, False
+
+    def init(self, **settings):
+        assert settings["resume"] == "allow" and ("id" in settings) == (self.kind != "trackio")
+        self.settings.append(settings)
+        self.rows = self.runs.setdefault(settings.get("id", settings["name"]), [])
+        following = 1 + self.rows[-1][0] if self.rows and self.kind != "wandb offline" else 0
+        if self.kind == "trackio":
+            return SimpleNamespace(_next_step=following)
+        return SimpleNamespace(step=following, offline=self.kind == "wandb offline")
+
+    def log(self, values, step):
+        if self.fails and step == 3:
             raise RuntimeError("no connection")
-        library.sent.append((step, record))
+        self.rows.append((step, values))
 
-    def finish():
-        library.finished += 1
+    def finish(self):
+        self.finished += 1
 
-    library.init = lambda **settings: library.runs.append(settings)
-    library.log, library.finish = log, finish
-    monkeypatch.setitem(sys.modules, "wandb", library)
+
+@pytest.fixture(params=["wandb", "wandb offline", "trackio"])
+def library(request, monkeypatch):
+    library = Library(request.param)
+    monkeypatch.setitem(sys.modules, request.param.split()[0], library)
     return library
 
 
+def track(library, directory, step=0, redo=False):
+    """The log of a run that is tracked, begun or resumed at a step."""
+    tracker = Tracker(library.kind.split()[0], directory, {"max_steps": 6}, step)
+    return open_log(directory, step, redo, tracker=tracker)
+
+
+def assert_tracked(library, directory):
+    """The tracker has one run, with what the log says of each step, in a row each."""
+    (rows,) = library.runs.values()
+    assert [step for step, _ in rows] == sorted({record["step"] for record in read_log(directory)})
+    for key in ("loss", "val_loss"):
+        assert {step: row[key] for step, row in rows if key in row} == values(directory, key)
+
+
 def test_a_tracker_gets_the_settings_and_the_numbers_of_each_step(tmp_path, library):
-    tracker = Tracker("wandb", tmp_path / "run", {"max_steps": 6}, 0)
-    assert library.runs[0]["name"] == "run" and library.runs[0]["config"] == {"max_steps": 6}
-    log = open_log(tmp_path, tracker=tracker)
+    (tmp_path / "run").mkdir()
+    log = track(library, tmp_path / "run")
+    assert library.settings[0]["name"].startswith("run-") and library.settings[0]["config"] == {"max_steps": 6}
     log.write("", step=1, loss=2.0, mfu=None, norm=math.nan, batch="abc")
-    log.close()
-    assert library.sent == [(1, {"loss": 2.0})] and library.finished == 1
+    log.write("", step=1, val_loss=3.0)
+    log.close(finished=True)
+    assert library.rows == [(0, {"processes": 1}), (1, {"loss": 2.0, "val_loss": 3.0})] and library.finished == 1
+
+
+@pytest.mark.parametrize("redo", [False, True])
+@pytest.mark.parametrize("lost", [0, 1, 4])
+def test_a_run_that_is_killed_and_resumed_is_one_run_with_each_step_once(tmp_path, library, lost, redo):
+    write_steps(track(library, tmp_path), range(8))
+    if library.kind != "wandb offline":  # which cannot know what it has lost
+        del library.rows[len(library.rows) - lost :]
+    write_steps(track(library, tmp_path, 4, redo), range(4 + (not redo), 7))
+    log = track(library, tmp_path, 6)
+    write_steps(log, range(7, 11))
+    log.close(finished=True)
+    assert_tracked(library, tmp_path)
+    assert list(values(tmp_path, "loss")) == list(range(1, 11)) and list(values(tmp_path, "val_loss")) == [
+        0,
+        2,
+        4,
+        6,
+        8,
+        10,
+    ]
+
+
+def test_the_evaluation_that_a_stopped_run_makes_up_for_is_tracked(tmp_path, library):
+    log = track(library, tmp_path)
+    write_steps(log, range(4))
+    log.write("", step=4, loss=6.0)
+    log.close(finished=False)
+    log = track(library, tmp_path, 4, redo=True)
+    log.write("", step=4, val_loss=16.0)
+    log.close(finished=True)
+    assert_tracked(library, tmp_path)
+    assert library.rows[-1][1]["val_loss"] == 16.0
+
+
+def test_a_copy_and_a_new_run_of_the_same_name_are_runs_of_their_own(tmp_path, library):
+    for directory in (tmp_path / "first" / "log", tmp_path / "second" / "log"):
+        directory.mkdir(parents=True)
+        write_steps(track(library, directory), range(3))
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    track(library, copy, 2).close(finished=True)
+    assert len(library.runs) == 3
+    assert library.kind == "wandb offline" or [step for step, _ in library.rows] == [0, 1, 2]
+
+
+def test_a_tracker_that_is_added_on_resuming_gets_the_whole_log_unless_offline(tmp_path, library):
+    write_steps(open_log(tmp_path), range(5))
+    track(library, tmp_path, 4).close(finished=True)
+    assert [step for step, _ in library.rows] == ([4] if library.kind == "wandb offline" else [0, 1, 2, 3, 4])
 
 
 def test_a_tracker_that_fails_says_so_once_and_is_left_out_from_then_on(tmp_path, library, capsys):
     library.fails = True
-    log = open_log(tmp_path, tracker=Tracker("wandb", tmp_path, {}, 0))
+    log = track(library, tmp_path)
     write_steps(log, range(6))
-    log.close()
-    assert [step for step, _ in library.sent] == [0, 1, 2, 2]
+    log.close(finished=True)
+    assert [step for step, _ in library.rows] == [0, 1, 2] and library.finished == 0
     assert list(values(tmp_path, "loss")) == [1, 2, 3, 4, 5]
-    warning = "--tracker wandb is disabled from here on: RuntimeError('no connection')"
+    warning = f"--tracker {library.kind.split()[0]} is disabled from here on: RuntimeError('no connection')"
     assert capsys.readouterr().out.count(warning) == 1
 
 
@@ -222,86 +314,36 @@ def test_a_tracker_that_does_not_open_is_left_out(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.count("--tracker wandb is disabled from here on") == 1
 
 
+@pytest.mark.usefixtures("small_debug")
+def test_a_training_run_that_is_killed_and_resumed_is_one_run_with_each_step_once(
+    tmp_path, make_shards, library, monkeypatch
+):
+    make_shards(tokens=6000)
+    config = tiny_config(max_steps=8, save_every=2, tracker=library.kind.split()[0])
+
+    def kill(trainer):
+        if trainer.state.step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_gpt2, "stop_if_diverged", kill)
+        train_gpt2.train(config)
+    train_gpt2.train(replace(config, resume=True))
+    assert_tracked(library, tmp_path / "log")
+    assert list(values(tmp_path / "log", "loss")) == list(range(1, 9))
+
+
 def test_tensorboard_shows_the_losses_and_on_resuming_not_those_past_the_checkpoint(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for start, steps in ((0, range(7)), (4, range(5, 6))):
         log = open_log(tmp_path, start, tracker=Tracker("tensorboard", tmp_path, {"seed": 1}, start))
         write_steps(log, steps)
-        log.close()
+        log.close(finished=True)
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
-    shown = {event.step: event.value for event in events.Scalars("loss")}
-    assert shown == pytest.approx(values(tmp_path, "loss")) and list(shown) == [1, 2, 3, 4, 5]
-
-
-# ---- the picture -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def drawn(tmp_path, monkeypatch):
-    """Draw a log of these records; returns the picture, and the axes that matplotlib drew."""
-    from matplotlib.figure import Figure
-
-    axes = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (axes.extend(self.axes), save(self, *args, **kw)))
-
-    def draw(*records):
-        (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        return matplotlib.image.imread(plot.draw(tmp_path)), axes
-
-    return draw
-
-
-def curves(axes):
-    return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
-
-
-def test_the_picture_has_the_losses_by_step_and_the_unigram_loss(drawn):
-    image, (loss,) = drawn(
-        {"step": 0, "unigram_loss": 7.5},
-        {"step": 0, "val_loss": 11.0},
-        {"step": 1, "loss": 10.0},
-        {"step": 2, "loss": None},
-        {"step": 3, "loss": 8.0},
-        {"step": 3, "val_loss": 9.0},
-    )
-    assert curves(loss)["train"] == [(1, 10.0), (3, 8.0)]
-    assert curves(loss)["validation"] == [(0, 11.0), (3, 9.0)]
-    assert any("unigram 7.50" in label for label in curves(loss))
-    assert image.shape[1] < 1000 and image.std() > 0
-
-
-def test_hellaswag_has_a_panel_beside_openais_score_where_there_are_scores(drawn):
-    image, (_, accuracy) = drawn({"step": 0, "loss": 1.0}, {"step": 250, "hellaswag_nanogpt_acc_norm": 0.25})
-    assert (250, 0.25) in curves(accuracy)["this run"]
-    assert any("OpenAI GPT-2 124M 0.2955" in label for label in curves(accuracy))
-    assert image.shape[1] > 1000
-
-
-def test_a_log_without_losses_is_drawn_too(drawn):
-    image, _ = drawn()
-    assert image.shape[2] in (3, 4)
-
-
-@pytest.mark.parametrize("value", ["low", [1], {}])
-def test_values_that_are_no_numbers_are_left_out_of_the_picture(drawn, value):
-    record = {"step": 0, "loss": value, "unigram_loss": value, "hellaswag_nanogpt_acc_norm": value}
-    _, axes = drawn(record, {"step": 1, "loss": 2.0})
-    assert curves(axes[0])["train"] == [(1, 2.0)] and len(axes) == 1
-
-
-def test_plot_refuses_a_directory_without_a_run_and_leaves_no_file(tmp_path):
-    with pytest.raises(DataError, match="log holds no run"):
-        plot.main([])
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_script_draws_the_run_it_is_given_and_prints_the_pictures_path(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    open_log(tmp_path / "run")
-    plot.main(["--out_dir", "run"])
-    assert capsys.readouterr().out.strip() == "run/loss.png"
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for key in ("loss", "val_loss"):
+        shown = [(event.step, event.value) for event in events.Scalars(key)]
+        assert shown == [(step, pytest.approx(value)) for step, value in values(tmp_path, key).items()]
+    assert list(values(tmp_path, "loss")) == [1, 2, 3, 4, 5]
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_the_run(monkeypatch):
@@ -309,3 +351,22 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trackio" else find(name))
     with pytest.raises(UsageError, match="--tracker trackio is not installed"):
         train_gpt2.train(tiny_config(tracker="trackio"))
+
+
+def test_the_clocks_parts_sum_to_all_time_also_where_they_are_nested(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock = Clock()
+    now += 1
+    with clock.measure("steps"):
+        now += 2
+        with clock.measure("saving"):
+            now += 4
+        now += 8
+    now += 16
+    with pytest.raises(KeyError), clock.measure("saving"):
+        now += 32
+        raise KeyError
+    now += 64
+    assert clock.summary() == "127.0 s in all: other 81.0 s, steps 10.0 s, saving 36.0 s"
+    assert clock.seconds == {"other": 81.0, "steps": 10.0, "saving": 36.0}

@@ -25,7 +25,7 @@ from common import script
 from common.huggingface import save_gpt
 from common.script import DataError, UsageError
 from common.tokenizer import END_OF_TEXT, encode
-from recipes import RECIPES, TrainConfig, parse_config
+from recipes import RECIPES, TrainConfig, parse_config, recipe
 
 CONFIGS = {
     "fineweb.py": fineweb.FinewebConfig,
@@ -141,7 +141,7 @@ def test_help_shows_every_field_with_its_meaning_and_default(run_here, name):
     status, printed, _ = run_here(name, "--help")
     shown = described_flags(printed)
     documented = documented_fields(CONFIGS[name])
-    defaults = RECIPES["debug"] if name == "train_gpt2.py" else CONFIGS[name]()
+    defaults = recipe("debug", None) if name == "train_gpt2.py" else CONFIGS[name]()
     assert status == 0
     assert [*shown] == [*documented] == [field.name for field in dataclasses.fields(CONFIGS[name])]
     for field, text in documented.items():
@@ -153,7 +153,7 @@ def test_help_shows_every_field_with_its_meaning_and_default(run_here, name):
 def test_help_shows_the_defaults_of_the_size_that_is_asked_for(run_here, model):
     _, printed, _ = run_here("train_gpt2.py", "--model", model, "--help")
     shown = described_flags(printed)
-    for field, value in vars(RECIPES[model]).items():
+    for field, value in vars(recipe(model, None)).items():
         assert f"(default: {value})" in shown[field]
 
 
@@ -189,7 +189,7 @@ def test_a_flag_like_no_other_points_to_help(run_here):
 @pytest.mark.parametrize("flags", [["--batch_size", "3"], ["--batch-size", "3"], ["--batch_size=3"]])
 def test_flags_may_be_typed_with_underscores_or_hyphens(flags):
     assert parse_config(["--device", "cpu", *flags], None) == dataclasses.replace(
-        RECIPES["debug"], device="cpu", batch_size=3
+        recipe("debug", None), device="cpu", batch_size=3
     )
 
 
@@ -273,8 +273,9 @@ MISTAKES = [
 @pytest.mark.parametrize(("status", "words", "name", "flags"), [(s, w, n, flags) for s, w, n, *flags in MISTAKES])
 def test_a_mistake_ends_in_its_status_and_one_line(run_here, places, tmp_path, status, words, name, flags):
     before = sorted(tmp_path.rglob("*"))
-    actual, _, error = run_here(name, *flags)
+    actual, printed, error = run_here(name, *flags)
     assert actual == status and words in error, error
+    assert name == "fineweb.py" or not printed
     assert error.startswith(f"{name}: error: ") and len(error.strip().splitlines()) == 1, error
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -308,7 +309,8 @@ def test_a_missing_prompt_is_a_mistake_before_the_model_is_loaded(run_here, monk
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(UsageError("x"), 2), (DataError("x"), 1), (OSError("x"), 1), (MemoryError("x"), 1)]
+    ("error", "status"),
+    [(UsageError("x"), 2), (DataError("x"), 1), (OSError("x"), 1), (MemoryError("x"), 1), (MemoryError(), 1)],
 )
 def test_each_kind_of_error_has_its_status_and_is_said_in_one_line(capsys, error, status):
     def fail():
@@ -316,7 +318,7 @@ def test_each_kind_of_error_has_its_status_and_is_said_in_one_line(capsys, error
 
     with pytest.raises(SystemExit) as end:
         script.run(fail)
-    assert end.value.code == status and capsys.readouterr().err.endswith("error: x\n")
+    assert end.value.code == status and capsys.readouterr().err.endswith(f"error: {str(error) or 'MemoryError'}\n")
 
 
 def test_an_error_of_the_program_itself_keeps_its_traceback():
@@ -345,6 +347,62 @@ def test_a_reader_that_goes_away_ends_the_script_without_a_word():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def run_redirected(redirection, script, *flags):
+    """Run a script with its streams as a shell's redirection says; returns the finished process."""
+    command = [
+        "bash",
+        "-o",
+        "pipefail",
+        "-c",
+        f'"$@" {redirection}',
+        "bash",
+        sys.executable,
+        str(ROOT / script),
+        *flags,
+    ]
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, env=buffered)
+
+
+needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux alone has a device that is full")
+
+
+@pytest.mark.parametrize(
+    "redirection", [pytest.param(">/dev/full 2>&1", marks=needs_dev_full), ">&- 2>&- <&-", "| true"]
+)
+def test_a_training_run_goes_on_where_nothing_can_be_printed(trained, tmp_path, redirection):
+    finished = run_redirected(redirection, "train_gpt2.py", *flags_of(tiny_run(trained, out_dir="log")))
+    assert finished.returncode == 0 and not finished.stderr
+    assert records(tmp_path / "log") == records(trained / "log")
+    expected = (trained / "log" / "step_000004" / "model.safetensors").read_bytes()
+    assert (tmp_path / "log" / "step_000004" / "model.safetensors").read_bytes() == expected
+
+
+@needs_dev_full
+@pytest.mark.parametrize("name", ["sample.py", "hellaswag.py", "plot.py"])
+def test_where_the_output_is_what_was_asked_for_a_full_disk_is_one_line(trained, tmp_path, name):
+    (tmp_path / "examples.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    shutil.copytree(trained / "log", tmp_path / "log")
+    flags = {"sample.py": ["--prompt", "a"], "hellaswag.py": ["--data", "examples.jsonl"], "plot.py": []}
+    finished = run_redirected(">/dev/full", name, *flags[name])
+    assert finished.returncode == 1
+    assert finished.stderr == f"{name}: error: the output cannot be written: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--xyzzy", 2)])
+def test_no_script_minds_closed_output(run_here, monkeypatch, flag, status):
+    for name in MAINS:
+        monkeypatch.setattr(sys, "stdout", None)
+        monkeypatch.setattr(sys, "stderr", None)
+        assert run_here(name, flag)[0] == status
+
+
+@pytest.mark.parametrize("odd", ["\x1b[31m", "\n", "\r", "\x7f", "\x9b", "\u2028", "\u202e", "\udcff"])
+def test_what_a_terminal_would_obey_is_shown_escaped_on_one_line(run_here, odd):
+    _, _, error = run_here("plot.py", "--out_dir", f"a{odd}b")
+    assert f"a{odd[0]!r}".replace("'", "") in error and odd not in error.removesuffix("\n")
 
 
 def test_a_terminal_without_the_characters_does_not_end_a_run(trained, tmp_path, monkeypatch):

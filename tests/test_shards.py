@@ -134,7 +134,7 @@ def test_missing_and_unfinished_shards_are_refused(tmp_path):
         open_shards(tmp_path / "nowhere")
     directory = write_shards(tmp_path / "shards", count=4)
     (directory / shard_name(2)).rename(directory / "edufineweb_train_2.npy")
-    with pytest.raises(DataError, match="edufineweb_train_000002.* is missing"):
+    with pytest.raises(DataError, match="edufineweb_train_000002.*no such file"):
         open_shards(directory)
     (directory / "edufineweb_train_2.npy").rename(directory / shard_name(2))
     write_manifest(directory)
@@ -157,14 +157,18 @@ def test_a_manifest_of_another_form_is_refused_whatever_its_hash(tmp_path):
     for key, values in {"name": (1, None, "../x.npy"), "tokens": ("9", None, 1.5), "sha256": (1, None)}.items():
         wrong += [{"shards": [entries[0] | {key: value}, *entries[1:]]} for value in values]
     wrong += [{"complete": False}, {"complete": 1}, {"source": "x"}, {"unigram_loss": "low"}, {"tokens": None}]
+    position = {"file": 0, "document": 0, "token": 0}
+    for key in position:
+        places = [position | {key: value} for value in (-1, 10**30, "0", None)]
+        wrong += [{"complete": False, "shards": [entry | {"next": place} for entry in entries]} for place in places]
     for changes in wrong:
         write_manifest(directory, **changes)
-        with pytest.raises(DataError, match=r"manifest\.json was changed") as error:
+        with pytest.raises(DataError, match=r"manifest\.json is not as it was written") as error:
             load_manifest(directory)
         assert len(str(error.value).splitlines()) == 1
     for content in (b"", b"[]", b"null", b"3", b"\xff", b"[" * 100_000, b'{"shards": ' * 100_000, b"1" * 5000):
         (directory / "manifest.json").write_bytes(content)
-        with pytest.raises(DataError, match=r"manifest\.json was changed"):
+        with pytest.raises(DataError, match=r"manifest\.json is not as it was written"):
             load_manifest(directory)
 
 

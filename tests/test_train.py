@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +23,15 @@ import hellaswag
 import plot
 import sample
 import train_gpt2
-from common import tokenizer
+from common import reference, tokenizer
+from common.batches import Batches
 from common.huggingface import load_gpt, save_gpt
 from common.processes import World
 from common.script import DataError, UsageError
 from common.shards import load_manifest, open_shards, save_manifest
 from model import GPT, GPTConfig
-from recipes import RECIPES, TrainConfig, fill_defaults, parse_config
-from train_gpt2 import Batches, batch_tokens, learning_rate, rank_slice, train, training_step
+from recipes import RECIPES, TrainConfig, batch_tokens, fill_defaults, learning_rate, parse_config
+from train_gpt2 import train
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -62,77 +64,14 @@ def new_trainer(**changes):
     return train_gpt2.make_trainer(config, ALONE, GPT(SIZES))
 
 
+def training_step(trainer, rows):
+    """The trainer's own, on rows (N, T + 1) of a process that is alone."""
+    return train_gpt2.training_step(trainer, rows.unflatten(0, (-1, trainer.config.batch_size)))
+
+
 def bits_of(directory):
     """The weights in a checkpoint, as they are on the disk."""
     return (Path(directory) / "model.safetensors").read_bytes()
-
-
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
-
-class MemoryShard(list):
-    """A shard's tokens, without a file."""
-
-    def read(self, start, stop):
-        return np.array(self[start:stop], dtype=np.uint16)
-
-
-def stream(*lengths):
-    """Shards of these lengths, whose tokens count up."""
-    starts = np.cumsum([0, *lengths])
-    return [MemoryShard(range(start, start + length)) for start, length in zip(starts, lengths, strict=False)]
-
-
-@pytest.mark.parametrize("lengths", [(1000,), (1, 1, 7, 500, 491), (333, 333, 334), tuple([10] * 100)])
-def test_an_epoch_is_the_stream_in_order_across_shards(lengths):
-    batches, position, seen = Batches(stream(*lengths), block_size=8, seed=0, shuffle=False), 0, []
-    for _ in range(999 // 32):
-        rows, position = batches.at(position, 32)
-        assert rows.shape == (4, 9)
-        assert torch.equal(rows[:, 1:], rows[:, :-1] + 1)  # the labels are the next tokens
-        seen += rows[:, :-1].flatten().tolist()
-    assert seen == list(range(len(seen))) and position == len(seen)
-    assert 999 - len(seen) < 32
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_every_epoch_visits_each_row_once_and_later_ones_in_other_orders(shuffle):
-    batches, position, epochs = Batches(stream(100, 157), block_size=8, seed=3, shuffle=shuffle), 0, []
-    for epoch in range(3):
-        starts = []
-        while position < (epoch + 1) * 256:
-            rows, position = batches.at(position, 64)
-            starts += rows[:, 0].tolist()
-        epochs.append(starts)
-    ordered = list(range(0, 256, 8))
-    assert all(sorted(starts) == ordered for starts in epochs)
-    assert (epochs[0] == ordered) != shuffle
-    assert epochs[1] != ordered and epochs[1] != epochs[2] and epochs[0] != epochs[2]
-
-
-def test_the_last_partial_batch_of_an_epoch_is_passed_over():
-    batches = Batches(stream(257), block_size=8, seed=0, shuffle=False)  # 32 rows
-    rows, position = batches.at(30 * 8, 32)  # 4 rows, where 2 are left
-    assert position == 32 * 8 + 32
-    expected, _ = batches.at(32 * 8, 32)
-    assert torch.equal(rows, expected)
-
-
-def test_a_position_alone_determines_the_batch():
-    first = Batches(stream(300, 300), block_size=8, seed=5, shuffle=True)
-    for position in (0, 64, 512, 640, 64, 0):
-        again = Batches(stream(300, 300), block_size=8, seed=5, shuffle=True)
-        assert torch.equal(first.at(position, 64)[0], again.at(position, 64)[0])
-    assert not torch.equal(first.at(0, 64)[0], Batches(stream(300, 300), 8, seed=6, shuffle=True).at(0, 64)[0])
-
-
-@pytest.mark.parametrize(("processes", "batch_size"), [(1, 1), (1, 24), (2, 3), (3, 4), (4, 6), (8, 1)])
-def test_the_tokens_of_a_step_do_not_depend_on_processes_or_micro_batch(processes, batch_size):
-    rows = torch.arange(24 * 9).view(24, 9)
-    slices = [rank_slice(rows, batch_size, World(rank, processes, CPU)) for rank in range(processes)]
-    assert {part.shape for part in slices} == {(24 // batch_size // processes, batch_size, 9)}
-    together = torch.stack(slices, dim=1).reshape(24, 9)  # step by step, rank by rank
-    assert torch.equal(together, rows)
 
 
 # ---- schedules and optimizer -----------------------------------------------------------------------------------------
@@ -241,6 +180,25 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported():
     assert math.sqrt(sum(g.square().sum().item() for g in clipped)) == pytest.approx(norm / 10, rel=1e-3)
     for before, after in zip(free, clipped, strict=True):
         assert torch.allclose(before / 10, after, rtol=1e-3, atol=1e-8)
+
+
+def kept_numbers(**changes):
+    """How many numbers a forward pass keeps for the backward pass, weights aside."""
+    trainer, kept = new_trainer(batch_size=8, **changes), {}
+    weights = {weight.data_ptr() for weight in trainer.state.gpt.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        _, loss = trainer.model(ROWS[:, :-1], ROWS[:, 1:])
+    assert loss.requires_grad
+    return sum(tensor.numel() for address, tensor in kept.items() if address not in weights)
+
+
+def test_recomputed_blocks_give_the_same_bits_and_keep_their_inputs_alone():
+    plain, recomputing = (step_gradients(ROWS, activation_checkpointing=value) for value in (False, True))
+    assert plain[1:] == recomputing[1:]
+    assert all(torch.equal(first, second) for first, second in zip(plain[0], recomputing[0], strict=True))
+    less = kept_numbers() - kept_numbers(activation_checkpointing=True)
+    activations = 8 * 16 * SIZES.n_embd  # of one layer
+    assert less >= SIZES.n_layer * 10 * activations
 
 
 @pytest.fixture
@@ -409,13 +367,25 @@ def test_a_run_learns_and_leaves_a_checkpoint_a_log_and_a_picture(shards, tmp_pa
     names = {path.name for path in (tmp_path / "log" / "step_000024").iterdir()}
     assert names == {
         *("config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json", "README.md"),
-        *("optimizer.safetensors", "trainer.json", "MANIFEST.json"),
+        *("generation_config.json", "optimizer.safetensors", "trainer.json", "MANIFEST.json"),
     }
     assert len(load_file(tmp_path / "log" / "step_000024" / "model.safetensors")["transformer.wte.weight"]) == 50257
     printed = capsys.readouterr().out
     decayed = sum(weight.numel() for weight in GPT(SIZES).parameters() if weight.dim() > 1)
     for words in ("1 x cpu", "float32", "4 accumulation steps", f"{decayed:,}", "10.8249", "--model", "Hello, I'm a"):
         assert words in printed, words
+
+
+def test_the_log_and_the_end_of_a_run_account_for_all_its_time(shards, tmp_path, capsys):
+    began = time.perf_counter()
+    train(tiny_config(max_steps=8, sample_every=8))
+    whole = time.perf_counter() - began
+    (seconds,) = records(tmp_path / "log", "seconds").values()
+    assert list(seconds) == ["other", "validation", "samples", "picture", "steps", "saving"]
+    assert all(part >= 0 for part in seconds.values()) and sum(seconds.values()) == pytest.approx(whole, abs=0.2)
+    logged = sum(records(tmp_path / "log", "ms").values()) / 1000
+    assert seconds["steps"] == pytest.approx(logged, abs=0.1)
+    assert f"steps {seconds['steps']:.1f} s" in capsys.readouterr().out
 
 
 def test_settings_from_python_need_no_model(shards, tmp_path):
@@ -454,7 +424,8 @@ def losses_of_a_plain_loop(config, shards):
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
     for step in range(config.max_steps):
-        rows, position = batches.at(position, config.total_batch_size)
+        starts, position = batches.row_starts(position, config.total_batch_size)
+        rows = torch.from_numpy(batches.read_rows(starts).astype(np.int64))
         logits = gpt.logits(gpt.hidden(rows[:, :-1]))
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
@@ -608,7 +579,8 @@ def test_a_model_that_cannot_be_trained_on_is_refused(shards, tmp_path, flags, v
 def test_a_larger_models_recipe_is_taken_for_its_weights(tmp_path):
     save_gpt(GPT(GPTConfig(block_size=32, n_layer=3, n_head=2, n_embd=16)), tmp_path / "deeper")
     config = parse_config(["--init_from", "deeper"], None)
-    assert config == replace(RECIPES["gpt2"], init_from="deeper", max_lr=RECIPES["gpt2"].max_lr / 10)
+    whole = RECIPES["gpt2"]
+    assert config == replace(whole, init_from="deeper", max_lr=whole.max_lr / 10, muon_lr=whole.muon_lr / 10)
 
 
 def test_missing_and_damaged_shards_are_named(shards, tmp_path):
@@ -664,3 +636,20 @@ def test_shards_without_a_manifest_can_be_trained_on(shards, tmp_path):
     (shards / "edufineweb_train_000001.npy").unlink()
     with pytest.raises(DataError, match="edufineweb_train_000001"):
         train(tiny_config(out_dir="other"))
+
+
+@pytest.mark.parametrize(("max_lr", "beside"), [(1e-2, [4, 8]), (2e-2, [])])
+def test_a_run_with_the_others_settings_shows_and_draws_them_beside_its_own(
+    shards, tmp_path, capsys, monkeypatch, max_lr, beside
+):
+    data = {"source": load_manifest(shards)["source"], "val_tokens": 500, "train_tokens": 2500}
+    rows = [[4, 1.5, 0.1], [8, 1.4, 0.1]]
+    reference_file = {"settings": {"max_lr": 1e-2, "min_lr": 1e-3}, "data": data}
+    reference_file |= dict.fromkeys(reference.SCORES, rows)
+    monkeypatch.setattr(reference, "read_reference", lambda: reference_file)
+    train(tiny_config(max_lr=max_lr))
+    printed = capsys.readouterr().out.splitlines()
+    shown = [line for line in printed if "(others: " in line]
+    assert [int(line.split()[1]) for line in shown] == beside
+    assert sum("is far from" in line for line in printed) == bool(beside)
+    assert list(records(tmp_path / "log", "reference").values()) == [bool(beside)]

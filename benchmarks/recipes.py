@@ -1,0 +1,279 @@
+"""How many tokens each recipe needs for a loss, on a GPT-2 small enough for two CPU cores and on shards of your own.
+
+python -m benchmarks.recipes --data_dir SHARDS
+
+Each run's result is a line of --out, and what is there is not run again: the command goes on where it was. First each
+method's learning rates are doubled and halved until both neighbors of the best are worse; then the best have runs of
+two and four times the tokens, each with a schedule of its own length; last, Muon is run with one thing changed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train_gpt2
+from common.batches import Batches
+from common.processes import World
+from common.script import Positive, check_settings, parse_flags, run
+from common.shards import FULL_DATA, Shard, open_shards
+from common.tokenizer import N_TOKENS
+from model import GPT, GPTConfig
+from recipes import TrainConfig, fill_defaults
+from train_gpt2 import Trainer
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    data_dir: str = FULL_DATA  # shards
+    out: str = "benchmarks/recipes.jsonl"  # file of the results; the curves are drawn beside it
+    tokens: Positive[int] = 2**21  # tokens of the shortest runs; the others have two and four times as many
+    batch: Positive[int] = 8192  # tokens in an optimizer step
+    vocabulary: Positive[int] = 8192  # tokens that are told apart: the most frequent, and one for all others
+    n_layer: Positive[int] = 6  # layers
+    n_embd: Positive[int] = 256  # channels, 64 to a head
+    block_size: Positive[int] = 256  # tokens in a sequence
+    workers: Positive[int] = 2  # runs at a time, each in a process of one thread
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: what tells it from the others."""
+
+    method: str
+    max_lr: float
+    tokens: int
+    muon_lr: float = 0.0
+    seed: int = 0
+    change: str = ""
+
+
+# The settings of each method, with the learning rates at which its sweep begins
+METHODS = {
+    "AdamW, cosine": {"schedule": "cosine", "max_lr": 1.2e-3},
+    "AdamW, linear": {"schedule": "linear", "max_lr": 1.2e-3},
+    "Muon": {"optimizer": "muon", "schedule": "linear", "weight_decay": 0.05, "max_lr": 3e-3, "muon_lr": 0.02},
+}
+
+# ---- what is changed in Muon's recipe --------------------------------------------------------------------------------
+
+
+def together(trainer: Trainer) -> None:
+    for group in trainer.state.optimizer.param_groups:
+        group["parts"] = 1
+
+
+def zero_projections(trainer: Trainer) -> None:
+    if trainer.state.step == 0:
+        for block in trainer.state.gpt.transformer.h:
+            torch.nn.init.zeros_(block.attn.c_proj.weight)
+            torch.nn.init.zeros_(block.mlp.c_proj.weight)
+
+
+def warm_up_momentum(trainer: Trainer) -> None:
+    warmth = min(trainer.state.step / trainer.config.warmup_steps, 1.0)
+    for group in trainer.state.optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = 0.85 + 0.1 * warmth
+
+
+CHANGED_SETTINGS = {
+    "no decay": {"weight_decay": 0.0},
+    "decay 0.1": {"weight_decay": 0.1},
+    "constant for 75%": {"decay_fraction": 0.25},
+}
+BEFORE_EACH_STEP = {
+    "q, k, v together": together,
+    "c_proj from zero": zero_projections,
+    "momentum from 0.85": warm_up_momentum,
+}
+
+# ---- one run ---------------------------------------------------------------------------------------------------------
+
+
+class RemappedShard:
+    """The tokens of shards under new numbers, in memory."""
+
+    def __init__(self, shards: list[Shard], numbers: np.ndarray) -> None:
+        self.tokens = np.concatenate([numbers[shard.read(0, len(shard))] for shard in shards])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens[start:stop]
+
+
+@lru_cache(maxsize=1)
+def remapped_shards(data_dir: str, vocabulary: int) -> tuple[RemappedShard, RemappedShard]:
+    """The train and the val tokens, numbered by frequency, the last number for all that are rarer."""
+    shards = open_shards(Path(data_dir))
+    counts = sum(np.bincount(shard.read(0, len(shard)), minlength=N_TOKENS) for shard in shards.train)
+    numbers = np.full(N_TOKENS, vocabulary - 1, dtype=np.uint16)
+    numbers[np.argsort(-counts, kind="stable")[: vocabulary - 1]] = np.arange(vocabulary - 1)
+    return RemappedShard(shards.train, numbers), RemappedShard([shards.val], numbers)
+
+
+def train(config: BenchmarkConfig, training: Run) -> dict:
+    """Train once; returns the run and its result."""
+    torch.set_num_threads(1)
+    torch.manual_seed(training.seed)
+    sizes = GPTConfig(config.block_size, config.vocabulary, config.n_layer, config.n_embd // 64 or 1, config.n_embd)
+    settings = train_config(config, training, sizes)
+    trainer = train_gpt2.make_trainer(settings, World(0, 1, CPU), GPT(sizes))
+    train_shard, val_shard = remapped_shards(config.data_dir, config.vocabulary)
+    rows = Batches([train_shard], config.block_size, training.seed, shuffle=True)
+    batches = rows.read(0, settings.batch_size, lambda position: config.batch, trainer.world)
+    losses, seconds, state = [], [], trainer.state
+    while state.step < settings.max_steps:
+        BEFORE_EACH_STEP.get(training.change, lambda trainer: None)(trainer)
+        micro_batches = next(batches).micro_batches
+        began = time.process_time()
+        losses.append(train_gpt2.training_step(trainer, micro_batches)[0])
+        seconds.append(time.process_time() - began)
+    return asdict(training) | {
+        "val_loss": round(train_gpt2.validation_loss(trainer, val_shard)["val_loss"], 4),
+        "losses": [round(float(np.mean(tenth)), 4) for tenth in np.array_split(losses, 10)],  # while training
+        "cpu_seconds_a_step": round(statistics.median(seconds), 3),
+        "skipped": state.skipped,
+    }
+
+
+def train_config(config: BenchmarkConfig, training: Run, sizes: GPTConfig) -> TrainConfig:
+    steps = training.tokens // config.batch
+    settings = TrainConfig(
+        model="debug",
+        batch_size=math.gcd(config.batch // config.block_size, 8),
+        total_batch_size=config.batch,
+        max_steps=steps,
+        warmup_steps=max(1, steps // 20),
+        val_tokens=2**17,
+    )
+    rates = {"max_lr": training.max_lr, "muon_lr": training.muon_lr}
+    changes = METHODS[training.method] | CHANGED_SETTINGS.get(training.change, {}) | rates
+    return fill_defaults(replace(settings, **changes), CPU, sizes)
+
+
+# ---- all runs --------------------------------------------------------------------------------------------------------
+
+Results = dict[Run, dict]
+
+
+def read_results(path: Path) -> Results:
+    lines = path.read_text().splitlines() if path.exists() else []
+    results = [json.loads(line) for line in lines]
+    return {Run(**{field.name: result[field.name] for field in fields(Run)}): result for result in results}
+
+
+def best(config: BenchmarkConfig, results: Results, method: str) -> Run:
+    """The best of a method's sweep so far."""
+    rates = METHODS[method]
+    first = Run(method, rates["max_lr"], config.tokens, rates.get("muon_lr", 0.0))
+    swept = [r for r in results if r == replace(first, max_lr=r.max_lr, muon_lr=r.muon_lr)]
+    return min(swept, key=lambda r: results[r]["val_loss"], default=first)
+
+
+def sweep(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
+    """The best of each method so far, and its neighbors."""
+    for method in METHODS:
+        yield best(config, results, method)
+    for method in reversed(METHODS):
+        center = best(config, results, method)
+        for factor in (0.5, 2.0):
+            yield replace(center, max_lr=factor * center.max_lr)
+            if center.muon_lr:
+                yield replace(center, muon_lr=factor * center.muon_lr)
+
+
+def contestants(config: BenchmarkConfig, results: Results) -> dict[str, Run]:
+    """AdamW with the rate of the 124M recipe, and the best of each method."""
+    untuned = Run("AdamW, cosine", TrainConfig().max_lr, config.tokens)
+    return {"AdamW, recipe": untuned} | {method: best(config, results, method) for method in METHODS}
+
+
+def longer(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
+    for factor, seed in ((1, 0), (2, 0), (2, 1), (2, 2), (4, 0)):
+        for contestant in contestants(config, results).values():
+            yield replace(contestant, tokens=factor * config.tokens, seed=seed)
+
+
+def ablations(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
+    for seed in (0, 1):
+        for change in ("", *CHANGED_SETTINGS, *BEFORE_EACH_STEP):
+            yield replace(best(config, results, "Muon"), change=change, seed=seed)
+
+
+def measure(config: BenchmarkConfig) -> Results:
+    """Run what --out does not have yet, stage by stage; returns all results."""
+    out = Path(config.out)
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+        for stage in (sweep, longer, ablations):
+            results = read_results(out)
+            while missing := [r for r in dict.fromkeys(stage(config, results)) if r not in results]:
+                for finished in as_completed([pool.submit(train, config, r) for r in missing]):
+                    line = json.dumps(finished.result())
+                    print(line, flush=True)
+                    with out.open("a") as file:
+                        file.write(line + "\n")
+                results = read_results(out)
+    return results
+
+
+# ---- the comparison --------------------------------------------------------------------------------------------------
+
+
+def curve(contestant: Run, results: Results) -> dict[int, float]:
+    """Its validation loss by the tokens of the run, the mean over the seeds."""
+    same = [r for r in results if r == replace(contestant, tokens=r.tokens, seed=r.seed)]
+    lengths = sorted({r.tokens for r in same})
+    return {n: statistics.mean(results[r]["val_loss"] for r in same if r.tokens == n) for n in lengths}
+
+
+def tokens_to_reach(loss: float, curve: dict[int, float]) -> float:
+    """After how many tokens a curve is at a loss, interpolated in the logarithm; NaN outside of what was measured."""
+    falling = [-value for value in curve.values()]
+    return math.exp(np.interp(-loss, falling, np.log(list(curve)), left=math.nan, right=math.nan))
+
+
+def report(config: BenchmarkConfig, results: Results) -> None:
+    """Print each contestant's losses, and how many times Muon's tokens it needs for Muon's losses; draw the curves."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    runs = contestants(config, results)
+    for name, contestant in runs.items():
+        losses = curve(contestant, results)
+        print(f"{name}, max_lr {contestant.max_lr:g}, muon_lr {contestant.muon_lr:g}: {losses}")
+        for r in results:
+            if r == replace(runs["Muon"], tokens=r.tokens, seed=r.seed):
+                factor = tokens_to_reach(results[r]["val_loss"], losses) / r.tokens
+                print(f"    {factor:.2f} times Muon's tokens for its loss after {r.tokens:,} (seed {r.seed})")
+        axes.plot(list(losses), list(losses.values()), marker=".", label=name)
+    axes.set(xscale="log", xlabel="tokens of the run", ylabel="validation loss (nats per token)")
+    axes.legend()
+    figure.savefig(Path(config.out).with_suffix(".png"))
+    print(json.dumps({name: asdict(r) | {"val_loss": curve(r, results)} for name, r in runs.items()}))
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_flags(BenchmarkConfig, argv, __doc__)
+    check_settings(config)
+    report(config, measure(config))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,75 @@
+"""Muon for the matrices of the blocks and AdamW for all else, as one optimizer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.sharding import divide_like, gather
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al., 2024) in the groups that have a `momentum`, AdamW in the others.
+
+    torch.optim.Muon takes no matrix that is several in one, and repeats its work on every process. The matrices of a
+    group are of one shape, and each is `parts` matrices, one above the other.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        groups = self.param_groups
+        for group in groups:
+            if "momentum" in group:
+                self.update_matrices(group)
+        self.param_groups = [group for group in groups if "momentum" not in group]
+        super().step()
+        self.param_groups = groups
+
+    def update_matrices(self, group: dict[str, Any]) -> None:
+        gradients = [gather(self.averaged_gradient(p, group["momentum"]), p.device) for p in group["params"]]
+        averaged = torch.stack(gradients)  # (N, out, in)
+        matrices = averaged.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (N parts, out / parts, in)
+        updates = shared_among_processes(matrices).view(averaged.shape)
+        scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))
+        for parameter, update in zip(group["params"], updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(divide_like(update, parameter), alpha=-group["lr"] * scale)
+
+    def averaged_gradient(self, parameter: Tensor, momentum: float) -> Tensor:
+        """The gradient with Nesterov's momentum."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())  # which AdamW looks for in what it loads
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum_buffer"], momentum)
+
+
+def shared_among_processes(matrices: Tensor) -> Tensor:
+    """Matrices (N, rows, columns) made orthogonal, of which each process does its share."""
+    if not dist.is_initialized():
+        return orthogonalized(matrices)
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    updates = torch.zeros_like(matrices, dtype=torch.bfloat16)
+    updates[rank::processes] = orthogonalized(matrices[rank::processes])
+    dist.all_reduce(updates)  # each is a sum of one and zeros
+    return updates
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """U V^T, nearly, of matrices U S V^T (N, rows, columns): their singular values come near 1, in bf16.
+
+    Five steps of a Newton-Schulz iteration with Jordan's coefficients.
+    """
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices.bfloat16() if wide else matrices.bfloat16().mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x if wide else x.mT

@@ -1,0 +1,97 @@
+"""The network (model.py's GPT) on several processes: whole on each (DDP), or divided among them (FSDP2)."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from common.processes import World
+
+# torch.distributed.fsdp and .tensor take a second to import, which scripts that divide nothing need not wait
+
+Value = TypeVar("Value")
+
+
+def wrap(gpt: nn.Module, world: World, compile: bool, divide: bool, recompute: bool) -> nn.Module:
+    """The network on this process's device, compiled, for several processes: divided among them, or whole on each."""
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False, disable=not compile)
+    if recompute:
+        recompute_blocks(gpt)
+    if divide and world.size > 1:
+        for block in gpt.transformer.h:  # one by one: between them, weights are gathered
+            block.forward = compiled(block.forward)
+        gpt.logits_and_loss = compiled(gpt.logits_and_loss)
+        shard(gpt)
+        return gpt
+    model = compiled(gpt.to(world.device))
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+
+
+def recompute_blocks(gpt: nn.Module) -> None:
+    """Let each block keep its input alone for the backward pass, which computes the rest again."""
+    for block in gpt.transformer.h:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def settle_gradients(model: nn.Module, rows: Tensor, autocast: torch.autocast) -> None:
+    """Run one backward pass, on rows (B, T), after which DDP has arranged its buckets of gradients.
+
+    They set the order of its sums: else a resumed run's first step would add in another order than the same step of the
+    uninterrupted run.
+    """
+    with autocast:
+        _, loss = model(rows, rows)
+    loss.backward()
+    model.zero_grad(set_to_none=False)
+
+
+def shard(gpt: nn.Module) -> None:
+    """Leave each process its rows of every weight, on its device; a block's weights are gathered while it is computed.
+
+    Each process calls this with the same weights, on the CPU.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # logits, never changed in place
+    for block in gpt.transformer.h:
+        fully_shard(block)
+    fully_shard(gpt)  # the rest: the embedding is needed at both ends
+
+
+def is_divided(value: object) -> bool:
+    return hasattr(value, "full_tensor")  # a DTensor
+
+
+def gather(value: Value, device: torch.device) -> Value:
+    """The whole of a tensor that is divided, on a device ("meta" drops it); any other value as it is.
+
+    All processes call this.
+    """
+    return value.full_tensor().to(device) if is_divided(value) else value
+
+
+def gather_gpt(gpt: nn.Module, device: torch.device) -> nn.Module:
+    """A whole copy, on a device, of a network that is divided; any other network itself. All processes call this."""
+    weights = gpt.state_dict()
+    if not is_divided(weights["lm_head.weight"]):
+        return gpt
+    with torch.device("meta"):
+        whole = type(gpt)(gpt.config)  # FSDP's class makes one of the network's own
+    whole.load_state_dict({name: gather(weight, device) for name, weight in weights.items()}, assign=True)
+    whole.lm_head.weight = whole.transformer.wte.weight  # assigning unties them
+    return whole
+
+
+def divide_like(value: Value, parameter: Tensor) -> Value:
+    """A whole tensor divided as a parameter is, where it has a number for each of its elements; any other as it is."""
+    if not is_divided(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
