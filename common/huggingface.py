@@ -93,8 +93,9 @@ def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...] | torch.dtype]:
+    """The tensors' shapes, or the types of those that do not hold floats."""
+    return {name: tuple(t.shape) if t.is_floating_point() else t.dtype for name, t in tensors.items()}
 
 
 def transpose_conv1d(name: str, weight: Tensor) -> Tensor:

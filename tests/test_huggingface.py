@@ -378,11 +378,12 @@ def test_weights_that_were_cut_off_are_refused(saved, size):
         ("transformer.h.0.attn.c_attn.bias", torch.zeros(95)),
         ("transformer.h.0.attn.c_attn.weight", torch.zeros(96, 32)),  # torch's layout, not transposed
         ("transformer.h.0.attn.c_proj.weight", torch.zeros(2, 3, 4)),
+        ("transformer.h.0.ln_1.weight", torch.zeros(32).byte()),
         ("transformer.wte.weight", torch.zeros(256, 32)),
         ("transformer.wpe.weight", torch.zeros(())),
     ],
 )
-def test_weights_that_are_missing_too_many_or_of_another_shape_are_named(saved, name, weight):
+def test_weights_that_are_missing_too_many_or_of_another_shape_or_type_are_named(saved, name, weight):
     edit_weights(saved, **{name.replace(".", "__"): weight})
     refused(saved, name)
 
