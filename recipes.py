@@ -124,13 +124,13 @@ MUON_RECIPES = {size: replace(recipe, **MUON) for size, recipe in RECIPES.items(
         batch_size=2,
         total_batch_size=1024,
         shuffle=True,
-        max_steps=360,
-        warmup_steps=18,
+        max_steps=250,
+        warmup_steps=12,
         max_lr=1e-2,
         weight_decay=0.05,
-        eval_every=60,
-        sample_every=180,
-        save_every=60,
+        eval_every=50,
+        sample_every=125,
+        save_every=50,
     ),
     "gpt2": replace(RECIPES["gpt2"], **MUON, max_steps=7_500),
 }
@@ -147,10 +147,12 @@ def parse_config(argv: list[str] | None, description: str | None) -> TrainConfig
 def default_config(flags: TrainConfig) -> TrainConfig:
     """The recipe of the size that is asked for, or of the run that is resumed with what must match on resuming."""
     saved = checkpoint.saved_settings(Path(flags.out_dir)) if flags.resume else {}
-    if saved.get("model") in RECIPES:
+    if isinstance(saved.get("model"), str) and saved["model"] in RECIPES:
         names = [name for name in [*MUST_MATCH, "max_steps", "data_dir"] if name in saved]
         begun = recipe(saved["model"], saved.get("optimizer", "adamw"))
-        return replace(begun, **{name: saved[name] for name in names})
+        settings = replace(begun, **{name: saved[name] for name in names})
+        script.check_settings(settings)  # a trainer.json that was altered may hold any
+        return settings
     if flags.init_from and flags.model:
         raise UsageError(f"--init_from {flags.init_from} brings its own size: leave out --model {flags.model}")
     if flags.init_from:

@@ -12,6 +12,7 @@ from pathlib import Path
 from common.files import sha256
 from common.script import DataError
 
+MODEL_FILES = ["config.json", "model*.safetensors", "vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json"]
 LOCAL_FILES = "give local files with --input"
 
 
@@ -57,7 +58,7 @@ def fetch_model(name: str) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     with explain_errors(f"find {name} on the Hub, nor a local directory", "name a local checkpoint"):
-        directory = Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"]))
+        directory = Path(snapshot_download(name, allow_patterns=MODEL_FILES))
         for path in directory.iterdir():
             blob = path.resolve()  # which the library names by its SHA-256
             if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+import typeguard
 import tyro
 from tqdm import tqdm
 
@@ -78,6 +79,11 @@ def check_settings(config: Any) -> None:
         choices = [get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
         if choices and value is not None and value not in choices[0]:
             raise UsageError(f"--{name} {value} is not one of {', '.join(choices[0])}")
+        try:
+            typeguard.check_type(value, hint)
+        except typeguard.TypeCheckError:
+            kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise UsageError(f"--{name} {value!r} is not of type {kind}") from None
 
 
 def progress_bar(visible: bool = True, **options: Any) -> tqdm:

@@ -539,6 +539,12 @@ def test_a_model_comes_from_the_hub_by_its_name(hub):
     assert sorted(downloads(hub)) == ["config.json", "model.safetensors"]
 
 
+def test_the_tokenizer_of_a_model_on_the_hub_is_compared_too(hub):
+    hub.files["vocab.json"] = (VOCABULARY / "vocab.json").read_bytes()
+    hub.files["added_tokens.json"] = b'{"<pad>": 50257}'
+    refused("gpt2-xl", "vocab.json is not GPT-2's .'<pad>' is 50257")
+
+
 def test_a_models_config_alone_can_be_read_by_its_name(hub):
     assert read_config("gpt2-xl") == small_gpt().config
 
