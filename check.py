@@ -125,7 +125,7 @@ def exactness(check: Check) -> Iterator[Finding]:
         with contextlib.suppress(UsageError):  # the device does not have this backend
             yield compare(check, way, alone)
     if check.world.size > 1:
-        yield compare(check, check.config, check.world)
+        yield from (compare(check, replace(check.config, shard=shard), check.world) for shard in (False, True))
 
 
 def compare(check: Check, way: recipes.TrainConfig, world: World) -> Finding:
@@ -133,7 +133,7 @@ def compare(check: Check, way: recipes.TrainConfig, world: World) -> Finding:
     distances = speed.on_ranks(check.world, distance)
     wrong = [rank for rank, distance in enumerate(distances) if not distance <= tolerance]  # as NaN is not
     check.wrong_attention |= {way.attention, "auto"} if wrong else set()  # torch may choose it by itself
-    flags = f"--dtype {way.dtype} --compile {way.compile} --attention {way.attention}"
+    flags = f"--dtype {way.dtype} --compile {way.compile} --attention {way.attention}" + " --shard" * way.shard
     seen = f"{world.size} process(es), {flags}: off by {', '.join(f'{distance:.0e}' for distance in distances)}"
     return Finding("exactness", seen, f"wrong on ranks {wrong}: train with other flags than these" if wrong else "")
 

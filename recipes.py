@@ -13,7 +13,7 @@ import torch
 from common import checkpoint, script
 from common.device import choose_device
 from common.huggingface import read_config
-from common.script import Positive, UsageError, Value
+from common.script import DataError, Positive, UsageError, Value
 from common.shards import FULL_DATA, SAMPLE_DATA, load_manifest
 from common.tokenizer import N_TOKENS
 from model import PRESETS, GPTConfig
@@ -232,7 +232,11 @@ def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
 def network_sizes(config: TrainConfig, directory: Path | None) -> GPTConfig:
     """The sizes of the network in a checkpoint that is resumed, else of --init_from, else of --model."""
     if directory:
-        return read_config(directory)
+        sizes, preset = read_config(directory), PRESETS[config.model]
+        # the weights' shapes do not show n_head
+        if not config.init_from and (sizes.n_layer, sizes.n_head) != (preset.n_layer, preset.n_head):
+            raise DataError(f"{directory / 'config.json'} does not have the sizes of --model {config.model}")
+        return sizes
     return read_config(checkpoint.locate(config.init_from)) if config.init_from else PRESETS[config.model]
 
 

@@ -22,6 +22,7 @@ from common.batches import Batches
 from common.files import read_json, write_json
 from common.processes import World
 from common.script import run
+from common.sharding import gather
 from common.shards import Shard, open_shard, shard_name, write_shard
 from model import GPT, PRESETS, GPTConfig
 from recipes import RECIPES, Size, TrainConfig
@@ -62,7 +63,7 @@ def fixed_gpt(sizes: GPTConfig, scale: float = 0.035) -> GPT:
 
 def fixed_config(model: Size, config: TrainConfig, world: World) -> TrainConfig:
     """A size's recipe with small batches and its schedule in a few steps, in the type and the way of `config`."""
-    way = {name: getattr(config, name) for name in ("dtype", "compile", "attention", "data_dir")}
+    way = {name: getattr(config, name) for name in ("dtype", "compile", "attention", "shard", "data_dir")}
     tokens = {"block_size": BLOCK_SIZE, "total_batch_size": ROWS * BLOCK_SIZE, "val_tokens": ROWS * BLOCK_SIZE}
     steps, batch_size = STEPS[model], max(1, ROWS // 2 // world.size)
     fixed = replace(RECIPES[model], batch_size=batch_size, max_steps=steps, warmup_steps=steps // 2, **tokens, **way)
@@ -87,7 +88,8 @@ def loss_and_gradient(config: TrainConfig, world: World, tokens: Shard) -> dict[
         trainer = train_gpt2.make_trainer(config, world, fixed_gpt(SMALL, scale=0.2))
         loss = train_gpt2.accumulate_gradients(trainer, batch.micro_batches.to(world.device))
     trainer.state.scaler.unscale_(trainer.state.optimizer)
-    norms = {name: float(parameter.grad.norm()) for name, parameter in trainer.state.gpt.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in trainer.state.gpt.named_parameters()}
+    norms = {name: float(gather(gradient.norm(), world.device)) for name, gradient in gradients.items()}
     return {"loss": float(world.sum(loss) / world.size)} | norms
 
 

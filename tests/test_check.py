@@ -93,7 +93,7 @@ script.run(check.main)
     (tmp_path / "faulty.py").write_text(program)
     finished = run_script(tmp_path / "faulty.py", "--device", "cpu", "--model", "debug", processes=2, timeout=600)
     assert finished.returncode == 1
-    assert f"wrong on ranks {wrong_ranks}" in finished.stdout
+    assert f"wrong on ranks {wrong_ranks}" in finished.stdout and "--shard: off by" in finished.stdout
     assert "exactness" in json.loads(finished.stdout.splitlines()[-1])["wrong"]
 
 

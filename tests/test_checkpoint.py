@@ -1,7 +1,6 @@
 """What a run saves, and that it goes on from there to the uninterrupted run's end, whatever happened to the files."""
 
 import functools
-import hashlib
 import json
 import os
 import resource
@@ -16,7 +15,7 @@ import plot
 import train_gpt2
 from common import checkpoint
 from common.checkpoint import checkpoint_error, checkpoints, find_checkpoint, newest_checkpoint
-from common.files import claim
+from common.files import claim, sha256
 from common.log import read_log
 from common.processes import World
 from common.script import DataError, UsageError
@@ -417,13 +416,12 @@ def test_what_is_no_regular_file_is_not_waited_for_and_costs_one_checkpoint(run,
     assert directory == run / "step_000006" and file in errors[run / "step_000008"]
 
 
-def change_record(directory, **changes):
-    """Alter trainer.json, and its hash with it."""
-    path = directory / "trainer.json"
-    content = json.dumps(json.loads(path.read_text()) | changes)
-    path.write_text(content)
+def change_json(directory, file, **changes):
+    """Change what a file of a checkpoint says, and its hash with it."""
+    path = directory / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     manifest = json.loads((directory / "MANIFEST.json").read_text())
-    manifest["trainer.json"] = hashlib.sha256(content.encode()).hexdigest()
+    manifest[file] = sha256(path)
     (directory / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
@@ -461,10 +459,17 @@ def change_record(directory, **changes):
 )
 def test_a_record_of_what_cannot_be_is_refused_in_a_line(run, changes):
     interrupt(run, 6)
-    change_record(run / "step_000006", **changes)
+    change_json(run / "step_000006", "trainer.json", **changes)
     with pytest.raises((DataError, UsageError), match="step_000006|--data_dir") as refusal:
         train(quick_config(resume=True))
     assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_another_number_of_heads_than_the_models_is_refused_although_the_weights_would_fit(run):
+    interrupt(run, 6)
+    change_json(run / "step_000006", "config.json", n_head=4)
+    with pytest.raises(DataError, match=r"config\.json does not have the sizes of --model debug"):
+        train(quick_config(resume=True))
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(run):
