@@ -104,7 +104,7 @@ def test_the_evaluation_of_the_step_that_a_signal_ended_is_made_up_for(shards, t
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 WORLD = """
-import sys
+import os, sys
 sys.path.insert(0, {root!r})
 import torch
 from common.processes import start_processes
@@ -116,6 +116,8 @@ with start_processes("cpu", timeout=60) as world:
     assert world.any_rank(world.rank == 1) is True and world.any_rank(False) is False and world.any_rank([3]) is True
     world.barrier()
     world.print("agreed")
+sys.stdout.flush()
+os._exit(0)  # as `run` does: a process group's threads may abort an interpreter that exits as usual
 """
 
 
@@ -134,7 +136,7 @@ def test_the_sum_of_one_process_is_not_its_argument():
 
 
 PATIENT = """
-import sys, time
+import os, sys, time
 sys.path.insert(0, {root!r})
 from common.processes import start_processes
 with start_processes("cpu", timeout=2) as world:
@@ -142,6 +144,8 @@ with start_processes("cpu", timeout=2) as world:
     saved = world.on_main(lambda: time.sleep(6) or "saved")
     print(f"{{world.rank}} {{saved}} {{time.monotonic() - began > 5.9}}\\n", end="", flush=True)
     world.barrier()
+sys.stdout.flush()
+os._exit(0)  # as `run` does: a process group's threads may abort an interpreter that exits as usual
 """
 
 
@@ -153,7 +157,7 @@ def test_processes_wait_for_the_main_one_beyond_the_timeout_and_it_alone_works(t
 
 
 GRADIENTS = """
-import sys
+import os, sys
 sys.path.insert(0, {root!r})
 import torch
 import train_gpt2
@@ -172,6 +176,8 @@ with start_processes("cpu", timeout=60) as world:
     storages = {{gradient.untyped_storage().data_ptr(): gradient.untyped_storage().nbytes() for gradient in gradients}}
     assert sum(storages.values()) == 4 * sum(gradient.numel() for gradient in gradients)
     world.print(f"{{len(gradients)}} {{len(storages)}}")
+sys.stdout.flush()
+os._exit(0)  # as `run` does: a process group's threads may abort an interpreter that exits as usual
 """
 
 
