@@ -26,9 +26,10 @@ import recipes
 from benchmarks import fixed, memory, speed
 from common import script
 from common.device import device_name, peak_flops
+from common.files import existing_directory
 from common.processes import World, start_processes
 from common.script import DataError, UsageError
-from common.shards import FULL_DATA, Shard, open_shards
+from common.shards import FULL_DATA, Shard
 from model import PRESETS
 from train_gpt2 import ATTENTION, DTYPES
 
@@ -73,12 +74,12 @@ def machine(check: Check) -> Iterator[Finding]:
     if world.device.type == "cuda":
         yield gpu(check)
     ram, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), world.size * (2e9 + 4 * parameters)
-    yield Finding("memory", f"{ram / 1e9:.1f} GB", "" if ram > needed else f"start fewer processes: {needed:.1g} bytes")
+    yield Finding("memory", f"{ram / 1e9:.1f} GB", "" if ram > needed else f"too little for {world.size} processes")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield Finding("open files", f"at most {files}", "" if files >= 1024 else "raise the limit: ulimit -n 4096")
     needs = {config.out_dir: 12 * parameters * (config.keep + 1)}  # weights and two moments
     try:
-        reading = speed.reading_seconds(config, world, open_shards(Path(config.data_dir)).train)
+        reading = speed.reading_seconds(config, world)
         yield Finding("data", f"{1000 * reading:.1f} ms to read a batch from {config.data_dir}")
     except DataError as error:
         needs[config.data_dir] = 25e9 if config.data_dir == FULL_DATA else 1e8  # with files that are being downloaded
@@ -101,16 +102,11 @@ def disks(needs: dict[str, float]) -> Iterator[Finding]:
     """Whether the disk of each directory has room for what comes there."""
     on_disk: dict[int, list[str]] = {}
     for path in needs:
-        on_disk.setdefault(existing(path).stat().st_dev, []).append(path)
+        on_disk.setdefault(existing_directory(path).stat().st_dev, []).append(path)
     for paths in on_disk.values():
-        needed, free = sum(needs[path] for path in paths), shutil.disk_usage(existing(paths[0])).free
+        needed, free = sum(needs[path] for path in paths), shutil.disk_usage(existing_directory(paths[0])).free
         seen = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for {' and '.join(paths)}"
         yield Finding("disk", seen, "" if free > needed else "make room, or choose --out_dir or --data_dir elsewhere")
-
-
-def existing(path: str) -> Path:
-    """The path, or the nearest directory above it that exists."""
-    return next(place for place in [Path(path).absolute(), *Path(path).absolute().parents] if place.exists())
 
 
 # ---- is it right? ----------------------------------------------------------------------------------------------------
@@ -171,30 +167,33 @@ def kernels(check: Check) -> Iterator[Finding]:
 
 def training(check: Check) -> Iterator[Finding]:
     """Tokens/s by micro-batch, and at the fastest one in each way."""
-    config, world, speeds = check.config, check.world, {}
+    config, world, speeds, fastest = check.config, check.world, {}, 0.0
     rates = speed.batch_sizes(config, world, check.tokens)
     best = max(rates, key=rates.get)
     room = ", ".join(f"{rate:,.0f} tokens/s at {size}" if rate else f"none at {size}" for size, rate in rates.items())
     if world.device.type == "cuda":
         gigabytes = torch.cuda.get_device_properties(world.device).total_memory / 1e9
         room += f"; {memory.predict(PRESETS[config.model]).largest_batch_size(gigabytes)} predicted to fit"
-    if not rates[best]:
-        raise DataError(f"too little memory for --model {config.model}: choose a smaller one")
     yield Finding("batch_size", room)
     for way, split, rate, graphs in speed.each_way(replace(config, batch_size=best), world, check.tokens):
         name = f"--compile {way.compile}, optimize_ddp {split}"
         yield Finding("training", f"{name}: {rate:,.0f} tokens/s, {graphs} graphs")
-        check.config = way if rate > max(speeds.values(), default=0) else check.config
         speeds[name] = rate
-    check.figures |= {"batch_sizes": rates, "tokens_per_second": speeds}
+        if split and rate > fastest:  # no flag turns the splitting off
+            check.config, fastest = way, rate
+    if not fastest:
+        raise DataError(
+            f"too little memory for --model {config.model} on {world.size} process(es): choose a smaller one"
+        )
+    check.figures |= {"batch_sizes": rates, "tokens_per_second": speeds, "fastest_tokens_per_second": fastest}
 
 
 def whole_run(check: Check) -> Iterator[Finding]:
     """What the recipe takes here, and the flags to set."""
     config, figures = check.config, check.figures
-    if "tokens_per_second" not in figures:  # training failed
+    if "fastest_tokens_per_second" not in figures:  # training failed
         return
-    seconds = {"steps": config.total_batch_size / max(figures["tokens_per_second"].values())}
+    seconds = {"steps": config.total_batch_size / figures["fastest_tokens_per_second"]}
     seconds |= speed.seconds_once(config, check.world, check.tokens, check.directory)
     hours = speed.run_hours(config, seconds)
     total = sum(hours.values())
@@ -231,8 +230,9 @@ def run(config: CheckConfig) -> bool:
         recipe = recipes.recipe(config.model or recipes.default_model(world.device), optimizer=None)
         recipe = replace(recipe, data_dir=config.data_dir, out_dir=config.out_dir, compile=config.compile)
         recipe = recipes.fill_defaults(recipe, world.device, PRESETS[recipe.model])
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=existing(config.out_dir))))
-        check = Check(recipe, world, directory, fixed.made_tokens(directory), config.dollars_per_hour)
+        recipes.validate(recipe, PRESETS[recipe.model], world.size)
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=existing_directory(config.out_dir))))
+        check = Check(recipe, world, directory, fixed.synthetic_tokens(directory), config.dollars_per_hour)
         wrong = []
         for finding in itertools.chain.from_iterable(findings(part, check) for part in PARTS):
             world.print(f"{finding.name:14} | {finding.seen} | {finding.remedy or 'ok'}")

@@ -29,7 +29,7 @@ MustMatch = Annotated[Value, "must match on resume"]  # a setting that alters a 
 class TrainConfig:
     """What a run does. The defaults are the 124M reproduction's; RECIPES has those of the other sizes.
 
-    The intervals are such that on eight H100 all but the steps takes 5% of the time (benchmarks/README.md).
+    By the arithmetic in benchmarks/README.md, what is not a step takes less than 5% of the time on eight H100.
     """
 
     model: MustMatch[Size | None] = None  # size; None: gpt2 on a CUDA device, else debug
@@ -47,7 +47,7 @@ class TrainConfig:
     seed: MustMatch[int] = 1337  # seed of the initial weights and the order of the rows
 
     max_steps: Positive[int] = 19_073  # optimizer steps of the whole run
-    optimizer: MustMatch[Optimizer | None] = None  # muon: for the blocks' matrices; None: muon for debug, else adamw
+    optimizer: MustMatch[Optimizer | None] = None  # muon: for the blocks' matrices; None: for debug, else adamw
     schedule: MustMatch[Literal["cosine", "linear"]] = "cosine"  # decay of the learning rate after warm-up
     decay_fraction: MustMatch[float] = 0.75  # part of the run over which the linear schedule decays, at its end
     warmup_steps: MustMatch[int] = 715  # optimizer steps of linear warm-up
@@ -56,7 +56,7 @@ class TrainConfig:
     muon_lr: MustMatch[float] = 0.02  # Muon's learning rate after warm-up, which the schedule scales as AdamW's
     beta1: MustMatch[float] = 0.9  # AdamW's decay of the first moment
     beta2: MustMatch[float] = 0.95  # AdamW's decay of the second moment
-    weight_decay: MustMatch[float] = 0.1  # decay of matrices; biases and norms have none
+    weight_decay: MustMatch[float] = 0.1  # decay of matrices, with Muon only of the blocks'; biases and norms have none
     grad_clip: MustMatch[float] = 1.0  # largest norm of the gradient; 0: no clipping
 
     eval_every: int = 500  # optimizer steps between validations; 0: none
@@ -81,8 +81,8 @@ class TrainConfig:
 
 
 # From gpt2 on: total batches and learning rates are GPT-3's for these sizes (Brown et al., 2020, table 2.1), the
-# warm-up its 375 million tokens, the length one pass over 10 billion. For gpt2, 6e-4 is build-nanogpt's: 3.072 at the
-# end on FineWeb-Edu (five runs by others); 1.2e-3 and 2e-3 reached 3.045 and 3.044 (one run each)
+# warm-up its 375 million tokens, the length about one pass over 10 billion. For gpt2, 6e-4 is build-nanogpt's: 3.072 at
+# the end on FineWeb-Edu (five runs by others); 1.2e-3 and 2e-3 reached 3.045 and 3.044 (one run each)
 RECIPES = {
     "debug": TrainConfig(
         model="debug",

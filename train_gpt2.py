@@ -122,7 +122,7 @@ class Trainer:
         dtype = DTYPES[self.config.dtype]
         return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
-    def reduce_gradients(self, enabled: bool) -> None:
+    def set_gradient_sync(self, enabled: bool) -> None:
         """Whether the next backward pass adds up the gradients of all processes."""
         if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP
             self.model.set_requires_gradient_sync(enabled)
@@ -179,7 +179,7 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Tensor) -> Tensor:
     """Leave the gradient of the mean loss of micro-batches (N, B, T + 1) in the parameters; returns that loss."""
     loss = torch.zeros((), device=trainer.world.device)
     for number, micro_batch in enumerate(micro_batches):
-        trainer.reduce_gradients(number == len(micro_batches) - 1)
+        trainer.set_gradient_sync(number == len(micro_batches) - 1)
         with trainer.autocast():
             _, mean = trainer.model(micro_batch[:, :-1], micro_batch[:, 1:])
         trainer.state.scaler.scale(mean / len(micro_batches)).backward()
@@ -296,7 +296,7 @@ def largest_attention_logit(trainer: Trainer, val: Shard) -> dict[str, float]:
 class Evaluation:
     """Something that is evaluated now and then."""
 
-    name: str  # in the account of time
+    name: str  # in the summary of time
     every: str  # the setting that says how often
     load: Callable[[TrainConfig, World, Shards], Any]  # its data, on each rank; None to leave it out
     score: Callable[[Trainer, Any], dict[str, float]]  # numbers for the log, on all ranks alike
@@ -325,7 +325,7 @@ def evaluate(trainer: Trainer, data: dict[str, Any], log: Log, last: bool) -> No
         if scores:
             text = log.comparison.describe(state.step, scores)
             log.write(f"step {state.step:5d} | {text}", step=state.step, **scores)
-            state.scores |= {name: [state.step, value] for name, value in scores.items() if math.isfinite(value)}
+            state.scores |= {name: [state.step, float(v)] for name, v in scores.items() if math.isfinite(v)}
     if is_due(config.eval_every, state.step, last):
         with log.clock.measure("picture"):
             log.attempt(plot.draw, Path(config.out_dir))

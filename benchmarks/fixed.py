@@ -40,7 +40,7 @@ TOLERANCE = {"float32": 1e-5, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3}
 CURVE_TOLERANCE = 0.01  # nats
 
 
-def made_tokens(directory: Path) -> Shard:
+def synthetic_tokens(directory: Path) -> Shard:
     """Tokens, each one of the four that can follow the one before it; they repeat after 2**17."""
     tokens, token, random = [], 0, 1
     for _ in range(2**17):
@@ -130,7 +130,7 @@ def gradient_distance(config: TrainConfig, world: World, tokens: Shard) -> tuple
 def main() -> None:
     config, world = replace(RECIPES["debug"], dtype="float32", compile=False), World(0, 1, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as directory:
-        tokens = made_tokens(Path(directory))
+        tokens = synthetic_tokens(Path(directory))
         figures = {"small": loss_and_gradient(config, world, tokens)}
         for model in STEPS:
             figures[model], _ = short_run(model, config, world, tokens)

@@ -22,8 +22,8 @@ from common import checkpoint
 from common.batches import Batches
 from common.device import explain_out_of_memory
 from common.processes import World
-from common.script import UsageError
-from common.shards import Shard
+from common.script import DataError, UsageError
+from common.shards import Shard, open_shards
 from model import GPT, PRESETS
 from recipes import TrainConfig
 from train_gpt2 import ATTENTION, DTYPES, Trainer
@@ -122,8 +122,11 @@ def each_way(config: TrainConfig, world: World, tokens: Shard) -> Iterator[tuple
         yield way, split, min(on_ranks(world, rate)), counters["total"] - before
 
 
-def reading_seconds(config: TrainConfig, world: World, shards: list[Shard]) -> float:
-    """Reading and hashing the next batch."""
+def reading_seconds(config: TrainConfig, world: World) -> float:
+    """Reading and hashing a batch; raises DataError if --data_dir holds no shards, or too few."""
+    shards = open_shards(Path(config.data_dir)).train
+    if sum(map(len, shards)) <= config.total_batch_size:
+        raise DataError(f"--data_dir {config.data_dir} holds less than a batch of {config.total_batch_size} tokens")
     rows = Batches(shards, config.block_size, config.seed, config.shuffle)
     batches = rows.read(0, config.batch_size, lambda position: config.total_batch_size, world)
     return median_seconds(lambda: next(batches), times=5, warmup=1)

@@ -29,7 +29,7 @@ class Batch:
 
 
 class Batches:
-    """The train shards as one stream of tokens, divided into rows of block_size, each with one more, the last label.
+    """The train shards as one stream of tokens, in rows of block_size, each with one token more, its last label.
 
     A position counts tokens from the start of the first epoch; it is the whole state. The first epoch's rows come in
     order, the others' (with `shuffle` its own too) in a permutation drawn from the seed and the epoch. What an epoch

@@ -89,7 +89,7 @@ PEAK_FLOPS = {
     "RTX 5090": 209e12,  # RTX Blackwell whitepaper: 209.5
     "RTX 4090": 165e12,  # Ada whitepaper: 165.2
     "RTX 3090": 71e12,  # GA102 whitepaper
-    "V100": 125e12,  # V100 data sheet, SXM2
+    "V100-SXM2": 125e12,  # V100 data sheet, SXM2
 }
 OTHER_CARDS = r"(?! (?:Ti|D|Laptop)\b)"  # an RTX 3090 Ti is no RTX 3090
 

@@ -26,6 +26,12 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def existing_directory(path: str) -> Path:
+    """The path, or the nearest directory above it that exists."""
+    place = Path(path).absolute()
+    return next(directory for directory in (place, *place.parents) if directory.exists())
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; what the block wrote there is flushed, then renamed to `path`."""

@@ -175,7 +175,7 @@ class Tracker:
 
 def numbers(record: dict) -> dict[str, float]:
     """What can be drawn of a record."""
-    return {key: v for key, v in record.items() if key not in ("step", "sent") and isinstance(v, int | float)}
+    return {key: v for key, v in record.items() if key not in ("step", "sent") and type(v) in (int, float)}
 
 
 class Clock:

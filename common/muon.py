@@ -30,16 +30,16 @@ class Muon(torch.optim.AdamW):
         self.param_groups = groups
 
     def update_matrices(self, group: dict[str, Any]) -> None:
-        gradients = [gather(self.averaged_gradient(p, group["momentum"]), p.device) for p in group["params"]]
+        gradients = [gather(self.nesterov_gradient(p, group["momentum"]), p.device) for p in group["params"]]
         averaged = torch.stack(gradients)  # (N, out, in)
         matrices = averaged.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (N parts, out / parts, in)
-        updates = shared_among_processes(matrices).view(averaged.shape)
+        updates = orthogonalize_across_processes(matrices).view(averaged.shape)
         scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))
         for parameter, update in zip(group["params"], updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(divide_like(update, parameter), alpha=-group["lr"] * scale)
 
-    def averaged_gradient(self, parameter: Tensor, momentum: float) -> Tensor:
+    def nesterov_gradient(self, parameter: Tensor, momentum: float) -> Tensor:
         """The gradient with Nesterov's momentum."""
         state = self.state[parameter]
         if not state:
@@ -49,7 +49,7 @@ class Muon(torch.optim.AdamW):
         return parameter.grad.lerp(state["momentum_buffer"], momentum)
 
 
-def shared_among_processes(matrices: Tensor) -> Tensor:
+def orthogonalize_across_processes(matrices: Tensor) -> Tensor:
     """Matrices (N, rows, columns) made orthogonal, of which each process does its share."""
     if not dist.is_initialized():
         return orthogonalized(matrices)

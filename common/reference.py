@@ -15,7 +15,7 @@ SCORES = ("val_loss", "hellaswag_nanogpt_acc_norm")  # by their names in log.jso
 
 # A score is far from the others' beyond this many of their standard deviations. Their GPUs, numbers of GPUs and kernels
 # differ, so the deviation holds what these do; but that of five runs may be 2.9 times too small (chi-square, 97.5%),
-# and six of the seven runs share a seed. Two of the true ones may thus be six of these
+# and six of the seven runs share a seed. So two true standard deviations may be six of these
 FAR = 6
 
 

@@ -42,8 +42,8 @@ def recompute_blocks(gpt: nn.Module) -> None:
 def settle_gradients(model: nn.Module, rows: Tensor, autocast: torch.autocast) -> None:
     """Run one backward pass, on rows (B, T), after which DDP has arranged its buckets of gradients.
 
-    They set the order of its sums: else a resumed run's first step would add in another order than the same step of the
-    uninterrupted run.
+    Their layout sets the order of its sums: else a resumed run's first step would add in another order than the same
+    step of the uninterrupted run.
     """
     with autocast:
         _, loss = model(rows, rows)

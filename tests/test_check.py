@@ -22,7 +22,7 @@ def debug_check(tmp_path):
     """A check of `debug` in float32 on a CPU."""
     device = torch.device("cpu")
     recipe = fill_defaults(replace(RECIPES["debug"], dtype="float32"), device, PRESETS["debug"])
-    return check.Check(recipe, World(0, 1, device), tmp_path, fixed.made_tokens(tmp_path), dollars_per_hour=3.0)
+    return check.Check(recipe, World(0, 1, device), tmp_path, fixed.synthetic_tokens(tmp_path), dollars_per_hour=3.0)
 
 
 def change_a_weight(monkeypatch):

@@ -54,12 +54,12 @@ def watched(*arguments):
 train_gpt2.make_trainer = watched
 def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-reduce_gradients, reduced = train_gpt2.Trainer.reduce_gradients, []
+set_gradient_sync, reduced = train_gpt2.Trainer.set_gradient_sync, []
 def watched_reduction(trainer, enabled):
     gradients = [parameter.grad for parameter in trainer.state.gpt.parameters()]
     reduced.append(any(gradient is not None and bool(local(gradient).any()) for gradient in gradients))
-    reduce_gradients(trainer, enabled)
-train_gpt2.Trainer.reduce_gradients = watched_reduction
+    set_gradient_sync(trainer, enabled)
+train_gpt2.Trainer.set_gradient_sync = watched_reduction
 with start_processes("cpu", timeout=60) as world:
     train_gpt2.start_processes = lambda *_: contextlib.nullcontext(world)
     for changes in json.loads(sys.argv[1]):
