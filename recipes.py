@@ -203,7 +203,11 @@ def default_data_dir(model: str) -> str:
 
 
 def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
-    """Raise UsageError for settings that do not fit together."""
+    """Raise UsageError for settings that do not fit together, DataError for a checkpoint that does not fit them."""
+    preset = PRESETS[config.model]
+    if not config.init_from and (sizes.n_layer, sizes.n_head) != (preset.n_layer, preset.n_head):
+        # of a checkpoint that was changed with its hashes; the weights' shapes do not show n_head
+        raise DataError(f"the checkpoint's config.json does not have the sizes of --model {config.model}")
     if sizes.vocab_size < N_TOKENS:
         raise UsageError(f"--init_from {config.init_from} has {sizes.vocab_size} tokens, fewer than GPT-2's {N_TOKENS}")
     if config.block_size > sizes.block_size:
@@ -232,11 +236,7 @@ def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
 def network_sizes(config: TrainConfig, directory: Path | None) -> GPTConfig:
     """The sizes of the network in a checkpoint that is resumed, else of --init_from, else of --model."""
     if directory:
-        sizes, preset = read_config(directory), PRESETS[config.model]
-        # the weights' shapes do not show n_head
-        if not config.init_from and (sizes.n_layer, sizes.n_head) != (preset.n_layer, preset.n_head):
-            raise DataError(f"{directory / 'config.json'} does not have the sizes of --model {config.model}")
-        return sizes
+        return read_config(directory)
     return read_config(checkpoint.locate(config.init_from)) if config.init_from else PRESETS[config.model]
 
 

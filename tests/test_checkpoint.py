@@ -468,7 +468,7 @@ def test_a_record_of_what_cannot_be_is_refused_in_a_line(run, changes):
 def test_another_number_of_heads_than_the_models_is_refused_although_the_weights_would_fit(run):
     interrupt(run, 6)
     change_json(run / "step_000006", "config.json", n_head=4)
-    with pytest.raises(DataError, match=r"config\.json does not have the sizes of --model debug"):
+    with pytest.raises(DataError, match="config.json does not have the sizes of --model debug"):
         train(quick_config(resume=True))
 
 
