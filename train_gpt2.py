@@ -390,8 +390,9 @@ def open_log(trainer: Trainer, shards: Shards, clock: Clock) -> Log:
 
 def save(trainer: Trainer, log: Log, shards: Shards, last: bool) -> None:
     """Save a checkpoint, which the main process writes."""
-    snapshot = checkpoint.take_snapshot(trainer.state, trainer.world)
-    trainer.world.on_main(lambda: write_checkpoint(trainer, snapshot, log, shards, last))
+    with log.clock.measure("saving"):
+        snapshot = checkpoint.take_snapshot(trainer.state, trainer.world)
+        trainer.world.on_main(lambda: write_checkpoint(trainer, snapshot, log, shards, last))
 
 
 def write_checkpoint(trainer: Trainer, snapshot: Snapshot, log: Log, shards: Shards, last: bool) -> None:
@@ -522,8 +523,7 @@ def train(config: TrainConfig) -> None:
                 evaluate(trainer, data, log, finished)
             due = is_due(config.save_every, state.step) or is_due(config.milestone_every, state.step)
             if state.step > first_step and (finished or stopping or due):
-                with clock.measure("saving"):
-                    save(trainer, log, shards, last=finished or stopping)
+                save(trainer, log, shards, last=finished or stopping)
             if finished or stopping:
                 break
             with clock.measure("steps"):
