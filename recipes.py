@@ -63,7 +63,7 @@ class TrainConfig:
     val_tokens: Positive[int] = 20 * 2**19  # tokens of the val shard to validate on, at most
     hellaswag_every: int = 1000  # optimizer steps between HellaSwag scores; 0: none
     sample_every: int = 2000  # optimizer steps between samples of text; 0: none
-    attention_every: int = 0  # optimizer steps between records of the largest attention logit; 0: none
+    monitor_every: int = 0  # optimizer steps between records of attention's largest logit and the update; 0: none
     save_every: int = 1000  # optimizer steps between checkpoints; 0: at the end only
     keep: Positive[int] = 2  # newest checkpoints to keep
     milestone_every: int = 0  # optimizer steps between checkpoints that are kept for good; 0: none

@@ -31,7 +31,7 @@ import hellaswag
 import plot
 import recipes
 import sample
-from common import checkpoint, script
+from common import checkpoint, monitor, script
 from common.batches import Batch, Batches
 from common.checkpoint import Snapshot, TrainingState
 from common.device import device_name, explain_out_of_memory, keep_freed_memory, peak_flops
@@ -273,23 +273,12 @@ def write_samples(trainer: Trainer, prompt: str) -> dict[str, float]:
     return {}
 
 
-@torch.no_grad()
-def largest_attention_logit(trainer: Trainer, val: Shard) -> dict[str, float]:
-    """The largest of any layer and head on the val shard's first row; where it keeps growing, training may diverge."""
-    gpt, logits = gather_gpt(trainer.state.gpt, trainer.world.device), []
-
-    def record(module: nn.Module, inputs: tuple, projections: Tensor) -> None:
-        q, k, _ = projections.unflatten(2, (3, gpt.config.n_head, -1)).unbind(2)  # (1, T, H, D)
-        products = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()).tril()  # (1, H, T, T)
-        logits.append(float(products.max()) / math.sqrt(q.shape[-1]))
-
-    hooks = [block.attn.c_attn.register_forward_hook(record) for block in gpt.transformer.h]
+def attention_logit(trainer: Trainer, val: Shard) -> dict[str, float]:
+    """The largest attention logit on the val shard's first row."""
+    gpt = gather_gpt(trainer.state.gpt, trainer.world.device)
     row = torch.from_numpy(val.read(0, trainer.config.block_size).astype(np.int64))[None]  # (1, T)
     with trainer.autocast():
-        gpt.hidden(row.to(trainer.world.device))
-    for hook in hooks:
-        hook.remove()
-    return {"attention_logit": max(logits)}
+        return {"attention_logit": monitor.largest_attention_logit(gpt, row.to(trainer.world.device))}
 
 
 @dataclass(frozen=True)
@@ -305,7 +294,7 @@ class Evaluation:
 EVALUATIONS = (
     Evaluation("validation", "eval_every", lambda config, world, shards: shards.val, validation_loss),
     Evaluation("HellaSwag", "hellaswag_every", load_hellaswag, score_hellaswag),
-    Evaluation("attention", "attention_every", lambda config, world, shards: shards.val, largest_attention_logit),
+    Evaluation("attention", "monitor_every", lambda config, world, shards: shards.val, attention_logit),
     Evaluation("samples", "sample_every", lambda config, world, shards: sample.PROMPT, write_samples),
 )
 
@@ -437,7 +426,9 @@ def print_summary(trainer: Trainer, shards: Shards) -> None:
         world.print(f"expected first loss: ln({gpt.config.vocab_size}) = {math.log(gpt.config.vocab_size):.4f}")
 
 
-def log_step(trainer: Trainer, log: Log, batch: Batch, loss: float, norm: float, seconds: float) -> None:
+def log_step(
+    trainer: Trainer, log: Log, batch: Batch, loss: float, norm: float, seconds: float, **update: float
+) -> None:
     """Log the last optimizer step."""
     config, state = trainer.config, trainer.state
     tokens = batch.micro_batches[..., 1:].numel() * trainer.world.size
@@ -460,6 +451,7 @@ def log_step(trainer: Trainer, log: Log, batch: Batch, loss: float, norm: float,
         ms=1000 * seconds,
         tokens_per_second=rate,
         mfu=mfu,
+        **update,
     )
     if math.isfinite(loss):
         state.scores["training loss"] = [state.step, loss]
@@ -468,12 +460,17 @@ def log_step(trainer: Trainer, log: Log, batch: Batch, loss: float, norm: float,
 def take_step(trainer: Trainer, log: Log, batches: Iterator[Batch]) -> None:
     """Train on the next batch, and log it."""
     config, state = trainer.config, trainer.state
+    last = state.step + 1 == config.max_steps
+    monitored = is_due(config.monitor_every, state.step + 1, last)
+    before = monitor.copy_matrices(state.gpt) if monitored else {}
     began = time.perf_counter()
     batch = next(batches)
     state.position = batch.next_position
     loss, norm = training_step(trainer, batch.micro_batches)
-    if is_due(config.log_every, state.step, last=state.step == config.max_steps):
-        log_step(trainer, log, batch, loss, norm, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    update = {"update": monitor.largest_update(state.gpt, before, trainer.world.device)} if monitored else {}
+    if monitored or is_due(config.log_every, state.step, last):
+        log_step(trainer, log, batch, loss, norm, seconds, **update)
 
 
 def stop_if_diverged(trainer: Trainer) -> None:

@@ -9,12 +9,13 @@ two and four times the tokens, each with a schedule of its own length; last, Muo
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from multiprocessing import get_context
@@ -205,9 +206,11 @@ def contestants(config: BenchmarkConfig, results: Results) -> dict[str, Run]:
 
 
 def longer(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
-    for factor, seed in ((1, 0), (2, 0), (2, 1), (2, 2), (4, 0)):
-        for contestant in contestants(config, results).values():
-            yield replace(contestant, tokens=factor * config.tokens, seed=seed)
+    """Runs of several lengths; Muon's half a length too, for what it reaches in half the tokens."""
+    for factor, seed in ((1, 0), (2, 0), (0.5, 0), (4, 0), (2, 1), (2, 2)):
+        for name, contestant in contestants(config, results).items():
+            if factor >= 1 or name == "Muon":
+                yield replace(contestant, tokens=int(factor * config.tokens), seed=seed)
 
 
 def ablations(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
@@ -217,19 +220,23 @@ def ablations(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
 
 
 def measure(config: BenchmarkConfig) -> Results:
-    """Run what --out does not have yet, stage by stage; returns all results."""
+    """Run what --out does not have yet, with what is known then; returns all results."""
     out = Path(config.out)
+    results, running = read_results(out), {}
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
-        for stage in (sweep, longer, ablations):
+        while True:
+            planned = itertools.chain.from_iterable(stage(config, results) for stage in (sweep, longer, ablations))
+            missing = [r for r in dict.fromkeys(planned) if r not in results and r not in running.values()]
+            running |= {pool.submit(train, config, r): r for r in missing[: config.workers - len(running)]}
+            if not running:
+                return results
+            for finished in wait(running, return_when=FIRST_COMPLETED).done:
+                line = json.dumps(finished.result())
+                print(line, flush=True)
+                with out.open("a") as file:
+                    file.write(line + "\n")
+                del running[finished]
             results = read_results(out)
-            while missing := [r for r in dict.fromkeys(stage(config, results)) if r not in results]:
-                for finished in as_completed([pool.submit(train, config, r) for r in missing]):
-                    line = json.dumps(finished.result())
-                    print(line, flush=True)
-                    with out.open("a") as file:
-                        file.write(line + "\n")
-                results = read_results(out)
-    return results
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
@@ -249,24 +256,28 @@ def tokens_to_reach(loss: float, curve: dict[int, float]) -> float:
 
 
 def report(config: BenchmarkConfig, results: Results) -> None:
-    """Print each contestant's losses, and how many times Muon's tokens it needs for Muon's losses; draw the curves."""
+    """Print each contestant's losses, with the part of its tokens that Muon needs for them; draw the curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     runs = contestants(config, results)
+    curves = {name: curve(contestant, results) for name, contestant in runs.items()}
     for name, contestant in runs.items():
-        losses = curve(contestant, results)
-        print(f"{name}, max_lr {contestant.max_lr:g}, muon_lr {contestant.muon_lr:g}: {losses}")
+        seconds = results[contestant]["cpu_seconds_a_step"]
+        print(f"{name}, max_lr {contestant.max_lr:g}, muon_lr {contestant.muon_lr:g}: {seconds} CPU seconds a step")
         for r in results:
-            if r == replace(runs["Muon"], tokens=r.tokens, seed=r.seed):
-                factor = tokens_to_reach(results[r]["val_loss"], losses) / r.tokens
-                print(f"    {factor:.2f} times Muon's tokens for its loss after {r.tokens:,} (seed {r.seed})")
-        axes.plot(list(losses), list(losses.values()), marker=".", label=name)
+            if r == replace(contestant, tokens=r.tokens, seed=r.seed):
+                loss = results[r]["val_loss"]
+                part = tokens_to_reach(loss, curves["Muon"]) / r.tokens
+                print(f"    {r.tokens:,} tokens, seed {r.seed}: {loss}, for which Muon needs {part:.2f} of the tokens")
+        axes.plot(list(curves[name]), list(curves[name].values()), marker=".", label=name)
+    for r in ablations(config, results):
+        print(f"Muon, {r.change or 'as it is'}, seed {r.seed}: {results[r]['val_loss']}")
     axes.set(xscale="log", xlabel="tokens of the run", ylabel="validation loss (nats per token)")
     axes.legend()
     figure.savefig(Path(config.out).with_suffix(".png"))
-    print(json.dumps({name: asdict(r) | {"val_loss": curve(r, results)} for name, r in runs.items()}))
+    print(json.dumps({name: asdict(r) | {"val_loss": curves[name]} for name, r in runs.items()}))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,8 @@ transformers: GPT2LMHeadModel with autocast and AdamW, as a user would write it
 
 transformers_compiled: the same with torch.compile and fused AdamW
 
-eager, compiled: this program without and with --compile; default: the one of them that is its default on the device
+eager, compiled: this program without and with --compile; default: the one of them that is its default on the device;
+default_adamw: the same with AdamW, beside another --optimizer
 
 Each runs in processes of its own, without data to read or a log to write. The ceiling is the measured rate of a large
 matrix product in the same type, with all cores of a CPU.
@@ -40,13 +41,7 @@ from common.batches import rank_slice
 from common.device import choose_device, device_name, explain_out_of_memory, keep_freed_memory
 from common.huggingface import huggingface_config
 from common.processes import World, start_processes
-from common.script import (
-    DataError,
-    Positive,
-    check_settings,
-    parse_flags,
-    run,
-)
+from common.script import DataError, Positive, check_settings, parse_flags, run
 from common.tokenizer import N_TOKENS
 from model import GPT, PRESETS
 from recipes import AttentionBackend, Optimizer, Size, TrainConfig, fill_defaults, recipe, validate
@@ -239,6 +234,9 @@ def compare(config: BenchmarkConfig) -> None:
         device = choose_device(config.device, world.local_rank)
         settings = train_config(config, device, world.size, "eager")
         ways = {way: measure_in_subprocess(config, way, world.broadcast(free_port())) for way in WAYS}
+        if config.optimizer != "adamw":
+            adamw, port = replace(config, optimizer="adamw"), world.broadcast(free_port())
+            ways["default_adamw"] = measure_in_subprocess(adamw, default_way(device), port)
     if not world.is_main:
         return
     ways["default"] = ways[default_way(device)]

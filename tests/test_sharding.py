@@ -33,7 +33,7 @@ SETTINGS = {
     "save_every": 15,
 }
 
-MUON = {"optimizer": "muon", "schedule": "linear", "total_batch_size": 64, "max_steps": 4, "attention_every": 4}
+MUON = {"optimizer": "muon", "schedule": "linear", "total_batch_size": 64, "max_steps": 4, "monitor_every": 4}
 
 RUNS = """
 import contextlib, json, os, sys
@@ -162,7 +162,7 @@ def test_losses_and_norms_of_30_steps_equal_those_of_one_process(runs):
 
 
 def test_muon_trains_as_in_one_process(runs):
-    for key in ("loss", "attention_logit"):
+    for key in ("loss", "attention_logit", "update"):
         expected = records(runs / "one_muon", key)
         assert expected and records(runs / "divided_muon", key) == pytest.approx(expected, abs=1e-3), key
 

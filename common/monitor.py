@@ -1,0 +1,39 @@
+"""What shows early that training may diverge: the largest attention logit, and how much a step changes the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from common.sharding import gather
+
+
+def largest_attention_logit(gpt: nn.Module, idx: Tensor) -> float:
+    """The largest of any layer and head, on rows of tokens (B, T)."""
+    logits = []
+
+    def record(module: nn.Module, inputs: tuple, projections: Tensor) -> None:
+        q, k, _ = projections.unflatten(2, (3, gpt.config.n_head, -1)).unbind(2)  # (B, T, H, D)
+        products = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()).tril()  # (B, H, T, T)
+        logits.append(float(products.max()) / math.sqrt(q.shape[-1]))
+
+    hooks = [block.attn.c_attn.register_forward_hook(record) for block in gpt.transformer.h]
+    with torch.no_grad():
+        gpt.hidden(idx)
+    for hook in hooks:
+        hook.remove()
+    return max(logits)
+
+
+def copy_matrices(gpt: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in gpt.named_parameters() if p.dim() >= 2}
+
+
+@torch.no_grad()
+def largest_update(gpt: nn.Module, before: dict[str, Tensor], device: torch.device) -> float:
+    """How much a matrix has changed at most, in proportion to itself (Frobenius norms). All processes call this."""
+    weights = dict(gpt.named_parameters())
+    ratios = [(weights[name] - matrix).norm() / matrix.norm() for name, matrix in before.items()]
+    return max(float(gather(ratio, device)) for ratio in ratios)
