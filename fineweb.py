@@ -232,7 +232,7 @@ READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
 
 
 @dataclass(frozen=True)
-class Position:
+class Place:
     """A place in a source: a file, a document of it (nulls not counted), a token (0 is its end-of-text token)."""
 
     file: int = 0
@@ -241,24 +241,24 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Documents:
     """Documents of one file, and the place of the first."""
 
     file_name: str
-    start: Position
+    start: Place
     texts: list[bytes]
 
     def name(self, index: int) -> str:
         return f"document {self.start.document + index} of {self.file_name}"
 
 
-def read_batches(config: FinewebConfig, names: list[str], start: Position) -> Iterator[Batch]:
+def read_documents(config: FinewebConfig, names: list[str], start: Place) -> Iterator[Documents]:
     """The documents from that of `start` on; while a file is read, the next one is downloaded."""
     files = ((number, read_file(config, names[number])) for number in range(start.file, len(names)))
     for number, documents in prefetch(files, 1):
         first = start.document if number == start.file else 0
         for batch in group_by_bytes(itertools.islice(documents, first, None), BATCH_BYTES):
-            yield Batch(names[number], Position(number, first), batch)
+            yield Documents(names[number], Place(number, first), batch)
             first += len(batch)
 
 
@@ -311,7 +311,7 @@ def choose_encoder(config: FinewebConfig) -> str:
     return "gigatoken" if installed and config.encoder != "tiktoken" else "tiktoken"
 
 
-def encode_batches(batches: Iterable[Batch], encoder: str, workers: int) -> Iterator[tuple[Position, np.ndarray]]:
+def encode_batches(batches: Iterable[Documents], encoder: str, workers: int) -> Iterator[tuple[Place, np.ndarray]]:
     """Each batch's place and its tokens, in which each document follows an end-of-text token."""
     encode = encode_with_gigatoken if encoder == "gigatoken" else encode_with_tiktoken
     separator = np.array([END_OF_TEXT], dtype=np.uint16)
@@ -321,14 +321,14 @@ def encode_batches(batches: Iterable[Batch], encoder: str, workers: int) -> Iter
         yield batch.start, np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
 
 
-def encode_with_tiktoken(batches: Iterable[Batch], workers: int) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+def encode_with_tiktoken(batches: Iterable[Documents], workers: int) -> Iterator[tuple[Documents, list[np.ndarray]]]:
     """Each batch with the tokens of its documents, which threads encode: tiktoken releases Python's global lock."""
     with ThreadPoolExecutor(workers) as threads:
         for batch in batches:
             yield batch, list(threads.map(encode_text, itertools.repeat(batch), range(len(batch.texts))))
 
 
-def encode_text(batch: Batch, index: int) -> np.ndarray:
+def encode_text(batch: Documents, index: int) -> np.ndarray:
     """The same tokens as tiktoken's encode_ordinary, but faster; raises DataError for a text that it cannot take."""
     try:
         return encoding().encode_to_numpy(batch.texts[index].decode(), disallowed_special=())
@@ -337,7 +337,7 @@ def encode_text(batch: Batch, index: int) -> np.ndarray:
         raise DataError(f"tiktoken cannot encode {batch.name(index)} ({error}): {remedy}") from None
 
 
-def encode_with_gigatoken(batches: Iterable[Batch], workers: int) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+def encode_with_gigatoken(batches: Iterable[Documents], workers: int) -> Iterator[tuple[Documents, list[np.ndarray]]]:
     """Each batch with the tokens of its documents, of which tiktoken checks some."""
     os.environ["RAYON_NUM_THREADS"] = str(workers)  # gigatoken reads it when it encodes for the first time
     for batch, encoded in prefetch(tokenize_with_gigatoken(batches), 1):
@@ -347,7 +347,7 @@ def encode_with_gigatoken(batches: Iterable[Batch], workers: int) -> Iterator[tu
         yield batch, documents
 
 
-def tokenize_with_gigatoken(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Any]]:
+def tokenize_with_gigatoken(batches: Iterable[Documents]) -> Iterator[tuple[Documents, Any]]:
     """Each batch with gigatoken's own result, made while the one before it is checked."""
     for number, batch in enumerate(batches):
         if number % RELOAD_EVERY == 0:
@@ -370,7 +370,7 @@ def load_gigatoken() -> Any:
     return Tokenizer.from_json(json.dumps(settings))
 
 
-def check_tokens(batch: Batch, documents: list[np.ndarray]) -> None:
+def check_tokens(batch: Documents, documents: list[np.ndarray]) -> None:
     """Raise DataError unless tiktoken agrees on the longest text, a few others, and all with long white space."""
     texts = batch.texts
     longest = max(range(len(texts)), key=lambda index: len(texts[index]))
@@ -393,35 +393,34 @@ def has_long_white_space(text: bytes) -> bool:
 
 
 def pack_shards(
-    batches: Iterable[tuple[Position, np.ndarray]], size: int, skip: int, limit: int, progress: Callable[[int], object]
-) -> Iterator[tuple[np.ndarray, Position | None]]:
+    batches: Iterable[tuple[Place, np.ndarray]], size: int, skip: int, limit: int, progress: Callable[[int], object]
+) -> Iterator[tuple[np.ndarray, Place | None]]:
     """Pack the tokens after the first `skip`, up to `limit` of them, into arrays of `size`, the last one shorter.
 
     With each comes the place of the token after it, None after the last.
     """
     shard, filled = np.empty(size, dtype=np.uint16), 0
     for start, tokens in batches:
-        end = min(len(tokens), skip + limit)
-        limit -= end - skip
-        progress(end - skip)
-        while skip < end:
+        at, end, skip = skip, min(len(tokens), skip + limit), 0
+        limit -= end - at
+        progress(end - at)
+        while at < end:
             if filled == size:
-                yield shard, place_of(skip, start, tokens)
+                yield shard, place_of(at, start, tokens)
                 shard, filled = np.empty(size, dtype=np.uint16), 0
-            count = min(size - filled, end - skip)
-            shard[filled : filled + count] = tokens[skip : skip + count]
-            filled, skip = filled + count, skip + count
-        skip = 0
+            count = min(size - filled, end - at)
+            shard[filled : filled + count] = tokens[at : at + count]
+            filled, at = filled + count, at + count
         if not limit:
             break
     if filled:
         yield shard[:filled], None
 
 
-def place_of(index: int, start: Position, tokens: np.ndarray) -> Position:
+def place_of(index: int, start: Place, tokens: np.ndarray) -> Place:
     """The place of tokens[index], in a batch that begins at `start`."""
     documents = np.flatnonzero(tokens[: index + 1] == END_OF_TEXT)
-    return Position(start.file, start.document + len(documents) - 1, index - int(documents[-1]))
+    return Place(start.file, start.document + len(documents) - 1, index - int(documents[-1]))
 
 
 def build(config: FinewebConfig) -> dict:
@@ -495,11 +494,11 @@ def remove_downloads(config: FinewebConfig, names: list[str]) -> None:
 
 def make_shards(
     config: FinewebConfig, names: list[str], written: list[dict], progress: Callable[[int], object]
-) -> Iterator[tuple[np.ndarray, Position | None]]:
+) -> Iterator[tuple[np.ndarray, Place | None]]:
     """The shards after those that are written, read and encoded by threads while the caller writes; see pack_shards."""
-    start = Position(**written[-1]["next"]) if written else Position()
+    start = Place(**written[-1]["next"]) if written else Place()
     limit = (config.max_tokens or sys.maxsize) - sum(entry["tokens"] for entry in written)
-    batches = prefetch(read_batches(config, names, start), 1)
+    batches = prefetch(read_documents(config, names, start), 1)
     encoded = prefetch(encode_batches(batches, choose_encoder(config), config.workers or os.cpu_count() or 1), 8)
     return pack_shards(encoded, config.tokens_per_shard, start.token, limit, progress)
 

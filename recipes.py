@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 
 from common import checkpoint, script
-from common.device import choose_device
+from common.device import can_compile, choose_device
 from common.huggingface import read_config
 from common.script import DataError, Positive, UsageError, Value
 from common.shards import FULL_DATA, SAMPLE_DATA, load_manifest
@@ -77,7 +77,7 @@ class TrainConfig:
     attention: AttentionBackend = "auto"  # the backend of scaled_dot_product_attention; auto: torch's own choice
     shard: bool = False  # divide weights, gradients and moments among the processes (FSDP), which saves memory
     activation_checkpointing: bool = False  # keep the input of each block alone, and compute the rest again: saves more
-    compile: bool | None = None  # compile the model; None: on a CUDA device
+    compile: bool | None = None  # compile the model; None: on a CUDA device, if it can
 
 
 # From gpt2 on: total batches and learning rates are GPT-3's for these sizes (Brown et al., 2020, table 2.1), the
@@ -118,16 +118,13 @@ RECIPES = {
 MUON = {"optimizer": "muon", "schedule": "linear", "max_lr": 3.6e-3, "weight_decay": 0.05, "warmup_steps": 250}
 MUON_RECIPES = {size: replace(recipe, **MUON) for size, recipe in RECIPES.items()} | {
     "debug": replace(
-        RECIPES["debug"],
-        optimizer="muon",
-        schedule="linear",
+        replace(RECIPES["debug"], **MUON),
         batch_size=2,
         total_batch_size=1024,
         shuffle=True,
         max_steps=250,
         warmup_steps=12,
         max_lr=1e-2,
-        weight_decay=0.05,
         eval_every=50,
         sample_every=125,
         save_every=50,
@@ -183,7 +180,7 @@ def fill_defaults(config: TrainConfig, device: torch.device, sizes: GPTConfig) -
         "initial_batch_size": config.total_batch_size,
         "optimizer": "adamw",
         "min_lr": 0.0 if config.schedule == "linear" else 0.1 * config.max_lr,
-        "compile": device.type == "cuda",
+        "compile": can_compile(device),
     }
     return replace(config, dtype=dtype, **{name: v for name, v in defaults.items() if getattr(config, name) is None})
 

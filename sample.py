@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import locate
-from common.device import choose_device
+from common.device import choose_device, explain_out_of_memory
 from common.huggingface import load_gpt, require_gpt2_vocabulary
 from common.script import DataError, Positive, UsageError, check_settings, parse_flags, run
 from common.tokenizer import END_OF_TEXT, decode_stream, encode
@@ -102,7 +102,9 @@ def write(config: SampleConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    write(parse_flags(SampleConfig, argv, __doc__))
+    config = parse_flags(SampleConfig, argv, __doc__)
+    with explain_out_of_memory("--checkpoint"):
+        write(config)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ python train_gpt2.py --resume                             (continue after an int
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +69,10 @@ def load_shards(config: TrainConfig, world: World) -> Shards:
         fineweb.build(fineweb.FinewebConfig(sample=True, encoder="tiktoken", workers=1))
     world.barrier()  # until they are built
     shards = open_shards(directory)
+    identity = hashlib.sha256(json.dumps(shards.identity).encode()).digest()
+    number = int.from_bytes(identity[:7], "big")
+    if world.any_rank(number != world.broadcast(number)):
+        raise DataError(f"--data_dir {directory} does not hold the same shards on every machine")
     if len(shards.val) <= config.block_size:
         raise UsageError(f"--data_dir {directory} has too few val tokens for one row: lower --block_size")
     if sum(map(len, shards.train)) <= config.total_batch_size:
@@ -85,7 +91,7 @@ def read_batches(trainer: Trainer, shards: Shards) -> Iterator[Batch]:
 # ---- optimizer, training step ----------------------------------------------------------------------------------------
 
 
-def make_optimizer(gpt: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(gpt: GPT, config: TrainConfig, world: World) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, none on biases and norms.
 
     With --optimizer muon, the matrices of the blocks have Muon in its place, and they alone decay.
@@ -106,7 +112,7 @@ def make_optimizer(gpt: GPT, config: TrainConfig) -> torch.optim.Optimizer:
         {"params": [block.mlp.c_fc.weight for block in blocks], "parts": 1, **settings},
         {"params": [block.mlp.c_proj.weight for block in blocks], "parts": 1, **settings},
     ]
-    return Muon(groups, **defaults)
+    return Muon(groups, world, **defaults)
 
 
 @dataclass
@@ -135,7 +141,7 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     if world.device.type == "cpu":
         keep_freed_memory()
     model = wrap(gpt, world, config.compile, config.shard, config.activation_checkpointing)
-    optimizer = make_optimizer(gpt, config)
+    optimizer = make_optimizer(gpt, config, world)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # the schedule scales each group's own
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
@@ -143,7 +149,7 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
     trainer = Trainer(config, world, TrainingState(gpt, optimizer, scaler), model)
     if world.size > 1:
-        rows = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=world.device)
+        rows = torch.zeros(config.batch_size, config.block_size + 1, dtype=torch.long, device=world.device)
         settle_gradients(model, rows, trainer.autocast())
     return trainer
 

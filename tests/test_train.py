@@ -104,19 +104,19 @@ def test_the_batch_grows_linearly_in_whole_units_to_its_full_size():
 def test_matrices_decay_and_biases_and_norms_do_not():
     gpt = GPT(SIZES)
     decay = {}
-    for group in train_gpt2.make_optimizer(gpt, TrainConfig(max_lr=1e-3)).param_groups:
+    for group in train_gpt2.make_optimizer(gpt, TrainConfig(max_lr=1e-3), ALONE).param_groups:
         decay.update({id(parameter): group["weight_decay"] for parameter in group["params"]})
     for name, parameter in gpt.named_parameters():
         matrix = name.endswith("weight") and "ln_" not in name
         assert decay[id(parameter)] == (0.1 if matrix else 0.0), name
 
 
-def sgd(gpt, config):
+def sgd(gpt, config, world):
     """Momentum that no scaler knows of."""
     return torch.optim.SGD(gpt.parameters(), lr=config.max_lr, momentum=0.9)
 
 
-def two_rates(gpt, config):
+def two_rates(gpt, config, world):
     """A base learning rate for the embeddings, and a tenth of it for the rest."""
     embeddings = list(gpt.transformer.wte.parameters()) + list(gpt.transformer.wpe.parameters())
     rest = list(gpt.transformer.h.parameters()) + list(gpt.transformer.ln_f.parameters())
@@ -137,7 +137,7 @@ def test_the_schedule_scales_each_groups_own_learning_rate(monkeypatch):
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize("change", [lambda parameters: parameters[1:], lambda parameters: parameters + parameters[:1]])
 def test_an_optimizer_that_leaves_a_parameter_out_or_has_it_twice_is_refused(monkeypatch, change):
-    def incomplete(gpt, config):
+    def incomplete(gpt, config, world):
         return torch.optim.SGD(change(list(gpt.parameters())), lr=config.max_lr)
 
     monkeypatch.setattr(train_gpt2, "make_optimizer", incomplete)
@@ -420,7 +420,7 @@ def losses_of_a_plain_loop(config, shards):
     batches = Batches(open_shards(shards).train, config.block_size, config.seed, config.shuffle)
     torch.manual_seed(config.seed)
     gpt, position, losses = GPT(SIZES), 0, {}
-    groups = train_gpt2.make_optimizer(gpt, config).param_groups
+    groups = train_gpt2.make_optimizer(gpt, config, ALONE).param_groups
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
     for step in range(config.max_steps):
@@ -457,6 +457,9 @@ def test_20_steps_with_the_speed_ups_have_the_losses_of_a_plain_loop(shards, tmp
 
 
 @pytest.mark.parametrize(
+    ("script", "work", "flag"), [(train_gpt2, "train", "--batch_size"), (sample, "write", "--checkpoint")]
+)
+@pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
@@ -465,13 +468,13 @@ def test_20_steps_with_the_speed_ups_have_the_losses_of_a_plain_loop(shards, tmp
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
     ],
 )
-def test_running_out_of_memory_names_the_flag_in_one_line(monkeypatch, error):
+def test_running_out_of_memory_names_the_flag_in_one_line(monkeypatch, script, work, flag, error):
     def run_out(config):
         raise error
 
-    monkeypatch.setattr(train_gpt2, "train", run_out)
-    with pytest.raises(MemoryError, match="--batch_size .*(out of memory|ALLOC_FAILED|allocate)") as raised:
-        train_gpt2.main([])
+    monkeypatch.setattr(script, work, run_out)
+    with pytest.raises(MemoryError, match=f"{flag} .*(out of memory|ALLOC_FAILED|allocate)") as raised:
+        script.main([])
     assert "\n" not in str(raised.value)
 
 
