@@ -117,7 +117,7 @@ def make_optimizer(gpt: GPT, config: TrainConfig, world: World) -> torch.optim.O
 
 @dataclass
 class Trainer:
-    """A run in memory. `state.gpt` owns the weights, and is what is saved, sampled and scored; `model` runs it."""
+    """A run in memory. `state.gpt` owns the weights, and is saved, sampled and scored; `model` computes its loss."""
 
     config: TrainConfig
     world: World
@@ -130,8 +130,8 @@ class Trainer:
 
     def set_gradient_sync(self, enabled: bool) -> None:
         """Whether the next backward pass adds up the gradients of all processes."""
-        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP
-            self.model.set_requires_gradient_sync(enabled)
+        if hasattr(self.state.gpt, "set_requires_gradient_sync"):  # FSDP
+            self.state.gpt.set_requires_gradient_sync(enabled)
         else:
             self.model.require_backward_grad_sync = enabled  # read by DDP in the forward pass
 
@@ -187,7 +187,7 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Tensor) -> Tensor:
     for number, micro_batch in enumerate(micro_batches):
         trainer.set_gradient_sync(number == len(micro_batches) - 1)
         with trainer.autocast():
-            _, mean = trainer.model(micro_batch[:, :-1], micro_batch[:, 1:])
+            mean = trainer.model(micro_batch[:, :-1], micro_batch[:, 1:])
         trainer.state.scaler.scale(mean / len(micro_batches)).backward()
         loss += mean.detach() / len(micro_batches)
     return loss
@@ -229,7 +229,7 @@ def validation_loss(trainer: Trainer, val: Shard) -> dict[str, float]:
         x = F.pad(batch[:, :-1], missing).to(world.device)  # (B, T)
         y = F.pad(batch[:, 1:], missing, value=-100).to(world.device)  # (B, T); -100 does not count
         with trainer.autocast():
-            _, loss = trainer.model(x, y)
+            loss = trainer.model(x, y)
         total += float(loss) * len(batch) if len(batch) else 0.0
     return {"val_loss": float(world.sum(total)) / count}
 

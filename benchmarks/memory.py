@@ -2,11 +2,11 @@
 
 python -m benchmarks.memory
 
-Fixed are 16 bytes a parameter (weights, gradients and AdamW's two moments in fp32), and what a compiled step keeps of
-the weights for its backward pass (their bf16 copies, which --activation_checkpointing makes again). Each row adds the
-activations that such a step keeps and, as its backward pass begins, the gradient of the logits, twice: that of the
-loss, and the zeros that torch passes for the logits which the trainer leaves unused; what one block computes again is
-less. What is kept is counted in compiled models of one and of two layers, on the CPU.
+Fixed are 16 bytes a parameter (weights, gradients and AdamW's two moments in fp32), what a compiled step keeps of the
+weights for its backward pass (their bf16 copies, which --activation_checkpointing makes again) and, as that begins, the
+embedding's gradient in bf16. Each row adds the activations that such a step keeps, and the gradient of the last ones;
+that of the logits takes the logits' place, and what one block computes again is less. What is kept is counted in
+compiled models of one and of two layers, on the CPU.
 
 With --shard, the 16 bytes are divided among the cards. To them come 4 bytes a parameter for the gradients that are
 accumulated over the micro-batches of a step, the embeddings, which stay gathered while a step is computed, and three
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from common.script import parse_flags, run
-from common.sharding import recompute_blocks
+from common.sharding import Loss, recompute_blocks
 from common.tokenizer import N_TOKENS
 from model import GPT, PRESETS, GPTConfig
 from recipes import Size
@@ -56,7 +56,7 @@ def kept_bytes(sizes: GPTConfig, batch_size: int, recompute: bool) -> int:
     if recompute:
         recompute_blocks(gpt)
     # keeps what the default backend keeps, and generates no code
-    model = torch.compile(gpt, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
+    model = torch.compile(Loss(gpt), backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
     parameters = {parameter.data_ptr() for parameter in gpt.parameters()}
     kept: dict[int, int] = {}
 
@@ -68,7 +68,7 @@ def kept_bytes(sizes: GPTConfig, batch_size: int, recompute: bool) -> int:
 
     rows = torch.randint(N_TOKENS, (batch_size, sizes.block_size + 1))
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _, loss = model(rows[:, :-1], rows[:, 1:])
+        loss = model(rows[:, :-1], rows[:, 1:])
     assert loss.requires_grad  # and so keeps the tensors: no two were at one address
     return sum(kept.values())
 
@@ -80,8 +80,8 @@ def predict(sizes: GPTConfig, recompute: bool = False) -> Memory:
     more_layers = sizes.n_layer - 1
     fixed = one_layer.fixed_bytes + more_layers * (two_layers.fixed_bytes - one_layer.fixed_bytes)
     per_row = one_layer.bytes_per_row + more_layers * (two_layers.bytes_per_row - one_layer.bytes_per_row)
-    logits = 2 * sizes.padded_vocab_size * sizes.block_size  # bytes of one row's, in bf16
-    return Memory(fixed + 16 * parameters(sizes), per_row + 2 * logits)
+    embedding, hidden = (2 * rows * sizes.n_embd for rows in (sizes.padded_vocab_size, sizes.block_size))
+    return Memory(fixed + 16 * parameters(sizes) + embedding, per_row + hidden)
 
 
 def kept_by_rows(sizes: GPTConfig, recompute: bool) -> Memory:

@@ -18,18 +18,30 @@ from common.processes import World
 Value = TypeVar("Value")
 
 
+class Loss(nn.Module):
+    """The network's loss alone: of logits that a compiled model returns, the gradient would be zeros as large."""
+
+    def __init__(self, gpt: nn.Module) -> None:
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        return self.gpt(idx, targets)[1]
+
+
 def wrap(gpt: nn.Module, world: World, compile: bool, divide: bool, recompute: bool) -> nn.Module:
-    """The network on this process's device, compiled, for several processes: divided among them, or whole on each."""
+    """The network's loss on this process's device, compiled, for several processes: divided, or whole on each."""
     compiled = partial(torch.compile, fullgraph=True, dynamic=False, disable=not compile)
     if recompute:
         recompute_blocks(gpt)
     if divide and world.size > 1:
         for block in gpt.transformer.h:  # one by one: between them, weights are gathered
             block.forward = compiled(block.forward)
-        gpt.logits_and_loss = compiled(gpt.logits_and_loss)
+        head = gpt.logits_and_loss
+        gpt.logits_and_loss = compiled(lambda hidden, targets: (None, head(hidden, targets)[1]))
         shard(gpt, world)
-        return gpt
-    model = compiled(gpt.to(world.device))
+        return Loss(gpt)
+    model = compiled(Loss(gpt.to(world.device)))
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
 
 
@@ -46,7 +58,7 @@ def settle_gradients(model: nn.Module, rows: Tensor, autocast: torch.autocast) -
     step of the uninterrupted run.
     """
     with autocast:
-        _, loss = model(rows[:, :-1], rows[:, 1:])  # strided as in training, for which it is compiled here
+        loss = model(rows[:, :-1], rows[:, 1:])  # strided as in training, for which it is compiled here
     loss.backward()
     model.zero_grad(set_to_none=False)
 

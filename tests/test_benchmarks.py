@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from benchmarks import batches, checkpoint, generate, memory, train
 from common.script import UsageError
-from common.sharding import recompute_blocks
+from common.sharding import Loss, recompute_blocks
 from common.tokenizer import N_TOKENS
 from model import GPT, PRESETS, GPTConfig
 
@@ -141,7 +141,8 @@ def test_a_compiled_step_takes_the_predicted_memory(tmp_path, recompute):
     parameters = sum(parameter.numel() for parameter in GPT(SIZES).parameters())
     predicted = memory.predict(SIZES, recompute)
     allocated = predicted.fixed_bytes - 16 * parameters + rows * predicted.bytes_per_row
-    assert peak_of_a_step(SIZES, rows, recompute, tmp_path / "trace.json") == pytest.approx(allocated, rel=0.001)
+    peak = peak_of_a_step(SIZES, rows, recompute, tmp_path / "trace.json")
+    assert peak == pytest.approx(allocated, rel=0.01)  # of which 0.8% are workspaces
 
 
 def peak_of_a_step(sizes, batch_size, recompute, trace):
@@ -150,12 +151,12 @@ def peak_of_a_step(sizes, batch_size, recompute, trace):
     gpt = GPT(sizes)
     if recompute:
         recompute_blocks(gpt)
-    model = torch.compile(gpt, fullgraph=True, dynamic=False)
+    model = torch.compile(Loss(gpt), fullgraph=True, dynamic=False)
     rows = torch.randint(N_TOKENS, (batch_size, sizes.block_size + 1))
 
     def step():
         with torch.autocast("cpu", torch.bfloat16):
-            _, loss = model(rows[:, :-1], rows[:, 1:])
+            loss = model(rows[:, :-1], rows[:, 1:])
         loss.backward()
 
     step()  # afterwards the gradients are there
