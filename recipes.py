@@ -119,15 +119,14 @@ MUON = {"optimizer": "muon", "schedule": "linear", "max_lr": 3.6e-3, "weight_dec
 MUON_RECIPES = {size: replace(recipe, **MUON) for size, recipe in RECIPES.items()} | {
     "debug": replace(
         replace(RECIPES["debug"], **MUON),
-        batch_size=2,
-        total_batch_size=1024,
         shuffle=True,
-        max_steps=250,
+        max_steps=180,
         warmup_steps=12,
         max_lr=1e-2,
-        eval_every=50,
-        sample_every=125,
-        save_every=50,
+        beta2=0.99,
+        eval_every=60,
+        sample_every=90,
+        save_every=60,
     ),
     "gpt2": replace(RECIPES["gpt2"], **MUON, max_steps=7_500),
 }
