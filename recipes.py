@@ -120,13 +120,13 @@ MUON_RECIPES = {size: replace(recipe, **MUON) for size, recipe in RECIPES.items(
     "debug": replace(
         replace(RECIPES["debug"], **MUON),
         shuffle=True,
-        max_steps=180,
+        max_steps=150,
         warmup_steps=12,
         max_lr=1e-2,
         beta2=0.99,
-        eval_every=60,
-        sample_every=90,
-        save_every=60,
+        eval_every=50,
+        sample_every=75,
+        save_every=50,
     ),
     "gpt2": replace(RECIPES["gpt2"], **MUON, max_steps=7_500),
 }

@@ -1,6 +1,6 @@
 """Checkpoints: what a run saves and resumes, and how a damaged one is passed over.
 
-A checkpoint is a directory, `step_000250`: a model that Hugging Face's tools load, and beside it what resuming needs.
+A checkpoint is a directory, `step_001000`: a model that Hugging Face's tools load, and beside it what resuming needs.
 """
 
 from __future__ import annotations
