@@ -37,6 +37,7 @@ from train_gpt2 import ATTENTION, DTYPES
 @dataclass(frozen=True)
 class CheckConfig:
     model: recipes.Size | None = None  # size whose recipe is checked; None: gpt2 on a CUDA device, else debug
+    optimizer: recipes.Optimizer | None = None  # whose recipe is checked; None: muon for debug, else adamw
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
     compile: bool | None = None  # check the compiled model too; None: on a CUDA device
     data_dir: str | None = None  # shards; None: those that training would take
@@ -182,9 +183,7 @@ def training(check: Check) -> Iterator[Finding]:
         if split and rate > fastest:  # no flag turns the splitting off
             check.config, fastest = way, rate
     if not fastest:
-        raise DataError(
-            f"too little memory for --model {config.model} on {world.size} process(es): choose a smaller one"
-        )
+        raise DataError(f"too little memory for --model {config.model} on {world.size} process(es)")
     check.figures |= {"batch_sizes": rates, "tokens_per_second": speeds, "fastest_tokens_per_second": fastest}
 
 
@@ -227,7 +226,7 @@ def run(config: CheckConfig) -> bool:
         world = stack.enter_context(start_processes(config.device, timeout=600))
         if fixed.ROWS % world.size:
             raise UsageError(f"{world.size} processes: start 1, 2, 4 or 8, on one machine at a time")
-        recipe = recipes.recipe(config.model or recipes.default_model(world.device), optimizer=None)
+        recipe = recipes.recipe(config.model or recipes.default_model(world.device), config.optimizer)
         recipe = replace(recipe, data_dir=config.data_dir, out_dir=config.out_dir, compile=config.compile)
         recipe = recipes.fill_defaults(recipe, world.device, PRESETS[recipe.model])
         recipes.validate(recipe, PRESETS[recipe.model], world.size)

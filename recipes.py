@@ -27,7 +27,7 @@ MustMatch = Annotated[Value, "must match on resume"]  # a setting that alters a 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run does. The defaults are the 124M reproduction's; RECIPES has those of the other sizes.
+    """What a run does. The defaults are the 124M reproduction's; below are those of each size.
 
     By the arithmetic in benchmarks/README.md, what is not a step takes less than 5% of the time on eight H100.
     """
@@ -47,23 +47,23 @@ class TrainConfig:
     seed: MustMatch[int] = 1337  # seed of the initial weights and the order of the rows
 
     max_steps: Positive[int] = 19_073  # optimizer steps of the whole run
-    optimizer: MustMatch[Optimizer | None] = None  # muon: for the blocks' matrices; None: for debug, else adamw
+    optimizer: MustMatch[Optimizer | None] = None  # muon: for the blocks' matrices; None: muon for debug, else adamw
     schedule: MustMatch[Literal["cosine", "linear"]] = "cosine"  # decay of the learning rate after warm-up
-    decay_fraction: MustMatch[float] = 0.75  # part of the run over which the linear schedule decays, at its end
+    decay_fraction: MustMatch[float] = 0.75  # share of the run, at its end, over which the linear schedule decays
     warmup_steps: MustMatch[int] = 715  # optimizer steps of linear warm-up
     max_lr: MustMatch[float] = 6e-4  # learning rate after warm-up
-    min_lr: MustMatch[float | None] = None  # learning rate at the end; None: a tenth of max_lr, if linear 0
-    muon_lr: MustMatch[float] = 0.02  # Muon's learning rate after warm-up, which the schedule scales as AdamW's
+    min_lr: MustMatch[float | None] = None  # learning rate at the end; None: 0 if linear, else a tenth of max_lr
+    muon_lr: MustMatch[float] = 0.02  # Muon's learning rate after warm-up; scheduled in proportion to max_lr
     beta1: MustMatch[float] = 0.9  # AdamW's decay of the first moment
     beta2: MustMatch[float] = 0.95  # AdamW's decay of the second moment
-    weight_decay: MustMatch[float] = 0.1  # decay of matrices, with Muon only of the blocks'; biases and norms have none
+    weight_decay: MustMatch[float] = 0.1  # of matrices, with Muon of the blocks' only; biases and norms have none
     grad_clip: MustMatch[float] = 1.0  # largest norm of the gradient; 0: no clipping
 
     eval_every: int = 500  # optimizer steps between validations; 0: none
     val_tokens: Positive[int] = 20 * 2**19  # tokens of the val shard to validate on, at most
     hellaswag_every: int = 1000  # optimizer steps between HellaSwag scores; 0: none
     sample_every: int = 2000  # optimizer steps between samples of text; 0: none
-    monitor_every: int = 0  # optimizer steps between records of attention's largest logit and the update; 0: none
+    monitor_every: int = 0  # steps between records of the largest attention logit and update of a matrix; 0: none
     save_every: int = 1000  # optimizer steps between checkpoints; 0: at the end only
     keep: Positive[int] = 2  # newest checkpoints to keep
     milestone_every: int = 0  # optimizer steps between checkpoints that are kept for good; 0: none
@@ -112,9 +112,9 @@ RECIPES = {
     ),
 }
 
-# With Muon. debug: the lowest loss of what was tried in the same time. gpt2: no one has run it exactly so; a GPT-2 124M
-# with rotary positions took 3.25 billion tokens with Muon to the loss of 6.4 billion with a tuned AdamW
-# (modded-nanogpt, 2024-10-10). Of the larger sizes nothing is known
+# With Muon. debug: the best of what was tried and takes less than two minutes on two cores. gpt2: no one has run it
+# exactly so; 3.6e-3 is modded-nanogpt's of 2024-10-10, whose GPT-2 124M with rotary positions needed 3.25
+# billion tokens for the loss of 6.4 billion with a tuned AdamW. Of the larger sizes nothing is known
 MUON = {"optimizer": "muon", "schedule": "linear", "max_lr": 3.6e-3, "weight_decay": 0.05, "warmup_steps": 250}
 MUON_RECIPES = {size: replace(recipe, **MUON) for size, recipe in RECIPES.items()} | {
     "debug": replace(
@@ -222,7 +222,7 @@ def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
     if config.decay_fraction > 1:
         raise UsageError(f"--decay_fraction {config.decay_fraction} is a part of the run: at most 1")
     if not config.max_lr:
-        raise UsageError("--max_lr 0 would train nothing")
+        raise UsageError("--max_lr 0: the schedule is in proportion to it")
     if config.min_lr > config.max_lr:
         raise UsageError(f"--min_lr {config.min_lr} is more than --max_lr {config.max_lr}")
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:

@@ -94,7 +94,7 @@ def read_batches(trainer: Trainer, shards: Shards) -> Iterator[Batch]:
 def make_optimizer(gpt: GPT, config: TrainConfig, world: World) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, none on biases and norms.
 
-    With --optimizer muon, the matrices of the blocks have Muon in its place, and they alone decay.
+    With --optimizer muon, the matrices of the blocks are updated by Muon instead, and they alone decay.
     """
     defaults = {"lr": config.max_lr, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
     matrices = [p for p in gpt.parameters() if p.dim() >= 2]
@@ -427,7 +427,8 @@ def print_summary(trainer: Trainer, shards: Shards) -> None:
     )
     for group in trainer.state.optimizer.param_groups:
         sizes = [parameter.numel() for parameter in group["params"]]
-        world.print(f"weight decay {group.get('weight_decay', 0.0)}: {len(sizes)} tensors, {sum(sizes):,} parameters")
+        rates = f"learning rate {group['initial_lr']:g}, weight decay {group.get('weight_decay', 0.0)}"
+        world.print(f"{rates}: {len(sizes)} tensors, {sum(sizes):,} parameters")
     if not config.init_from:
         world.print(f"expected first loss: ln({gpt.config.vocab_size}) = {math.log(gpt.config.vocab_size):.4f}")
 
@@ -464,7 +465,7 @@ def log_step(
 
 
 def take_step(trainer: Trainer, log: Log, batches: Iterator[Batch]) -> None:
-    """Train on the next batch, and log it."""
+    """Train on the next batch, and log it, with how much it changed the weights where that is due."""
     config, state = trainer.config, trainer.state
     last = state.step + 1 == config.max_steps
     monitored = is_due(config.monitor_every, state.step + 1, last)

@@ -2,9 +2,10 @@
 
 python -m benchmarks.recipes --data_dir SHARDS
 
-Each run's result is a line of --out, and what is there is not run again: the command goes on where it was. First each
-method's learning rates are doubled and halved until both neighbors of the best are worse; then the best have runs of
-two and four times the tokens, each with a schedule of its own length; last, Muon is run with one thing changed.
+Each run's result is a line of --out, and what is there is not run again: the command goes on where it was. What is run
+next depends on what is known by then, in this order of priority: each method's learning rates are doubled and halved
+until all neighbors of the best are worse; the best have runs of two and four times the tokens (Muon of half of them
+too), each with a schedule of its own length; Muon is run with one thing changed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 import train_gpt2
 from common.batches import Batches
 from common.processes import World
-from common.script import Positive, check_settings, parse_flags, run
+from common.script import DataError, Positive, UsageError, check_settings, parse_flags, run
 from common.shards import FULL_DATA, Shard, open_shards
 from common.tokenizer import N_TOKENS
 from model import GPT, GPTConfig
@@ -64,8 +65,8 @@ class Run:
 
 # The settings of each method, with the learning rates at which its sweep begins
 METHODS = {
-    "AdamW, cosine": {"schedule": "cosine", "max_lr": 1.2e-3},
-    "AdamW, linear": {"schedule": "linear", "max_lr": 1.2e-3},
+    "AdamW, cosine": {"optimizer": "adamw", "schedule": "cosine", "max_lr": 1.2e-3},
+    "AdamW, linear": {"optimizer": "adamw", "schedule": "linear", "max_lr": 1.2e-3},
     "Muon": {"optimizer": "muon", "schedule": "linear", "weight_decay": 0.05, "max_lr": 3e-3, "muon_lr": 0.02},
 }
 
@@ -74,7 +75,8 @@ METHODS = {
 
 def together(trainer: Trainer) -> None:
     for group in trainer.state.optimizer.param_groups:
-        group["parts"] = 1
+        if "parts" in group:
+            group["parts"] = 1
 
 
 def zero_projections(trainer: Trainer) -> None:
@@ -85,21 +87,21 @@ def zero_projections(trainer: Trainer) -> None:
 
 
 def warm_up_momentum(trainer: Trainer) -> None:
-    warmth = min(trainer.state.step / trainer.config.warmup_steps, 1.0)
+    done = min(trainer.state.step / (0.1 * trainer.config.max_steps), 1.0)
     for group in trainer.state.optimizer.param_groups:
         if "momentum" in group:
-            group["momentum"] = 0.85 + 0.1 * warmth
+            group["momentum"] = 0.85 + 0.1 * done
 
 
 CHANGED_SETTINGS = {
-    "no decay": {"weight_decay": 0.0},
-    "decay 0.1": {"weight_decay": 0.1},
-    "constant for 75%": {"decay_fraction": 0.25},
+    "no weight decay": {"weight_decay": 0.0},
+    "weight decay 0.1": {"weight_decay": 0.1},
+    "constant for 75%, not 25%": {"decay_fraction": 0.25},
 }
 BEFORE_EACH_STEP = {
     "q, k, v together": together,
     "c_proj from zero": zero_projections,
-    "momentum from 0.85": warm_up_momentum,
+    "momentum from 0.85 to 0.95 over the first tenth": warm_up_momentum,
 }
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
@@ -146,11 +148,19 @@ def train(config: BenchmarkConfig, training: Run) -> dict:
         losses.append(train_gpt2.training_step(trainer, micro_batches)[0])
         seconds.append(time.process_time() - began)
     return asdict(training) | {
+        "setting": setting(config),
         "val_loss": round(train_gpt2.validation_loss(trainer, val_shard)["val_loss"], 4),
         "losses": [round(float(np.mean(tenth)), 4) for tenth in np.array_split(losses, 10)],  # while training
         "cpu_seconds_a_step": round(statistics.median(seconds), 3),
         "skipped": state.skipped,
     }
+
+
+def setting(config: BenchmarkConfig) -> dict:
+    """What all results in a file have in common."""
+    first, *_ = open_shards(Path(config.data_dir)).identity
+    names = ("batch", "vocabulary", "n_layer", "n_embd", "block_size")
+    return {name: getattr(config, name) for name in names} | {"val_sha256": first[2]}
 
 
 def train_config(config: BenchmarkConfig, training: Run, sizes: GPTConfig) -> TrainConfig:
@@ -173,9 +183,12 @@ def train_config(config: BenchmarkConfig, training: Run, sizes: GPTConfig) -> Tr
 Results = dict[Run, dict]
 
 
-def read_results(path: Path) -> Results:
-    lines = path.read_text().splitlines() if path.exists() else []
-    results = [json.loads(line) for line in lines]
+def read_results(config: BenchmarkConfig) -> Results:
+    """The results in --out; raises DataError if they are those of other sizes or shards."""
+    path = Path(config.out)
+    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if any(result["setting"] != setting(config) for result in results):
+        raise DataError(f"--out {path} holds results of other sizes or shards: choose another file")
     return {Run(**{field.name: result[field.name] for field in fields(Run)}): result for result in results}
 
 
@@ -184,14 +197,15 @@ def best(config: BenchmarkConfig, results: Results, method: str) -> Run:
     rates = METHODS[method]
     first = Run(method, rates["max_lr"], config.tokens, rates.get("muon_lr", 0.0))
     swept = [r for r in results if r == replace(first, max_lr=r.max_lr, muon_lr=r.muon_lr)]
-    return min(swept, key=lambda r: results[r]["val_loss"], default=first)
+    finite = [r for r in swept if math.isfinite(results[r]["val_loss"])]
+    return min(finite, key=lambda r: results[r]["val_loss"], default=first)
 
 
 def sweep(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
     """The best of each method so far, and its neighbors."""
     for method in METHODS:
         yield best(config, results, method)
-    for method in reversed(METHODS):
+    for method in reversed(METHODS):  # Muon, which has the most neighbors, first
         center = best(config, results, method)
         for factor in (0.5, 2.0):
             yield replace(center, max_lr=factor * center.max_lr)
@@ -200,13 +214,13 @@ def sweep(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
 
 
 def contestants(config: BenchmarkConfig, results: Results) -> dict[str, Run]:
-    """AdamW with the rate of the 124M recipe, and the best of each method."""
+    """AdamW at the rate of the 124M recipe, and the best of each method."""
     untuned = Run("AdamW, cosine", TrainConfig().max_lr, config.tokens)
     return {"AdamW, recipe": untuned} | {method: best(config, results, method) for method in METHODS}
 
 
-def longer(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
-    """Runs of several lengths; Muon's half a length too, for what it reaches in half the tokens."""
+def lengths(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
+    """Each contestant's runs of several lengths; Muon has a shorter one too, to compare losses with."""
     for factor, seed in ((1, 0), (2, 0), (0.5, 0), (4, 0), (2, 1), (2, 2)):
         for name, contestant in contestants(config, results).items():
             if factor >= 1 or name == "Muon":
@@ -220,12 +234,11 @@ def ablations(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
 
 
 def measure(config: BenchmarkConfig) -> Results:
-    """Run what --out does not have yet, with what is known then; returns all results."""
-    out = Path(config.out)
-    results, running = read_results(out), {}
+    """Run what --out does not have yet; returns all results."""
+    results, running = read_results(config), {}
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         while True:
-            planned = itertools.chain.from_iterable(stage(config, results) for stage in (sweep, longer, ablations))
+            planned = itertools.chain.from_iterable(stage(config, results) for stage in (sweep, lengths, ablations))
             missing = [r for r in dict.fromkeys(planned) if r not in results and r not in running.values()]
             running |= {pool.submit(train, config, r): r for r in missing[: config.workers - len(running)]}
             if not running:
@@ -233,26 +246,26 @@ def measure(config: BenchmarkConfig) -> Results:
             for finished in wait(running, return_when=FIRST_COMPLETED).done:
                 line = json.dumps(finished.result())
                 print(line, flush=True)
-                with out.open("a") as file:
+                with open(config.out, "a") as file:
                     file.write(line + "\n")
                 del running[finished]
-            results = read_results(out)
+            results = read_results(config)
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 
 def curve(contestant: Run, results: Results) -> dict[int, float]:
-    """Its validation loss by the tokens of the run, the mean over the seeds."""
+    """Its validation loss by the tokens of the run, the mean over the seeds that there are."""
     same = [r for r in results if r == replace(contestant, tokens=r.tokens, seed=r.seed)]
-    lengths = sorted({r.tokens for r in same})
-    return {n: statistics.mean(results[r]["val_loss"] for r in same if r.tokens == n) for n in lengths}
+    tokens = sorted({r.tokens for r in same})
+    return {n: statistics.mean(results[r]["val_loss"] for r in same if r.tokens == n) for n in tokens}
 
 
-def tokens_to_reach(loss: float, curve: dict[int, float]) -> float:
+def tokens_to_reach(loss: float, falling: dict[int, float]) -> float:
     """After how many tokens a curve is at a loss, interpolated in the logarithm; NaN outside of what was measured."""
-    falling = [-value for value in curve.values()]
-    return math.exp(np.interp(-loss, falling, np.log(list(curve)), left=math.nan, right=math.nan))
+    rising = [-value for value in falling.values()]
+    return math.exp(np.interp(-loss, rising, np.log(list(falling)), left=math.nan, right=math.nan))
 
 
 def report(config: BenchmarkConfig, results: Results) -> None:
@@ -283,6 +296,9 @@ def report(config: BenchmarkConfig, results: Results) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = parse_flags(BenchmarkConfig, argv, __doc__)
     check_settings(config)
+    if config.batch % config.block_size or config.n_embd % 64:
+        raise UsageError("--batch must be a multiple of --block_size, and --n_embd of 64")
+    open(config.out, "a").close()  # now, not after the first run, if it cannot be
     report(config, measure(config))
 
 

@@ -1,4 +1,4 @@
-"""What shows early that training may diverge: the largest attention logit, and how much a step changes the weights."""
+"""Early signs of divergence: the largest attention logit, and the largest relative change of a matrix in a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.sharding import gather
 
 
 def largest_attention_logit(gpt: nn.Module, idx: Tensor) -> float:
-    """The largest of any layer and head, on rows of tokens (B, T)."""
+    """The largest of all layers and heads, on rows of tokens (B, T)."""
     logits = []
 
     def record(module: nn.Module, inputs: tuple, projections: Tensor) -> None:
@@ -30,13 +30,13 @@ def largest_attention_logit(gpt: nn.Module, idx: Tensor) -> float:
 
 
 def copy_matrices(gpt: nn.Module) -> dict[str, Tensor]:
-    gpt.state_dict()  # after a validation, FSDP has some weights gathered still; this divides them again
+    gpt.state_dict()  # for its side effect: FSDP divides again what a validation has left gathered
     return {name: p.detach().clone() for name, p in gpt.named_parameters() if p.dim() >= 2}
 
 
 @torch.no_grad()
 def largest_update(gpt: nn.Module, before: dict[str, Tensor], device: torch.device) -> float:
-    """How much a matrix has changed at most, in proportion to itself (Frobenius norms). All processes call this."""
+    """The largest relative change of a matrix since `before` (Frobenius norms). All processes call this."""
     weights = dict(gpt.named_parameters())
     ratios = [(weights[name] - matrix).norm() / matrix.norm() for name, matrix in before.items()]
     return float(torch.stack([gather(ratio, device) for ratio in ratios]).max())

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks and AdamW for all else, as one optimizer."""
+"""Muon for the matrices of the blocks and AdamW for everything else, in one optimizer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from common.sharding import divide_like, gather
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al., 2024) in the groups that have a `momentum`, AdamW in the others.
+    """Muon (Jordan et al., 2024) for the groups that have a `momentum`, AdamW for the others.
 
-    torch.optim.Muon takes no matrix that is several in one, and repeats its work on every process. The matrices of a
-    group are of one shape, and each is `parts` matrices, one above the other.
+    torch.optim.Muon does not split a matrix that holds several, as query, key and value, and repeats its work on every
+    process. The matrices of a group are of one shape, and each holds `parts` matrices, one above the other.
     """
 
     def __init__(self, groups: list[dict[str, Any]], world: World, **defaults: Any) -> None:
@@ -29,15 +29,15 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             if "momentum" in group:
                 self.update_matrices(group)
-        self.param_groups = [group for group in groups if "momentum" not in group]
+        self.param_groups = [group for group in groups if "momentum" not in group]  # those that AdamW sees
         super().step()
         self.param_groups = groups
 
     def update_matrices(self, group: dict[str, Any]) -> None:
-        gradients = [gather(self.nesterov_gradient(p, group["momentum"]), p.device) for p in group["params"]]
-        averaged = torch.stack(gradients)  # (N, out, in)
-        matrices = averaged.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (N parts, out / parts, in)
-        updates = orthogonalize_across_processes(matrices, self.world).view(averaged.shape)
+        directions = [self.nesterov_gradient(p, group["momentum"]).bfloat16() for p in group["params"]]
+        whole = torch.stack([gather(direction, self.world.device) for direction in directions])  # (N, out, in)
+        matrices = whole.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (N * parts, out / parts, in)
+        updates = orthogonalize_across_processes(matrices, self.world).reshape(whole.shape)
         scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))
         for parameter, update in zip(group["params"], updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -47,24 +47,24 @@ class Muon(torch.optim.AdamW):
         """The gradient with Nesterov's momentum."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())  # which AdamW looks for in what it loads
+            state["step"] = torch.zeros(())  # unused, but AdamW demands it of what it loads
             state["momentum_buffer"] = torch.zeros_like(parameter)
         state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(state["momentum_buffer"], momentum)
 
 
 def orthogonalize_across_processes(matrices: Tensor, world: World) -> Tensor:
-    """Matrices (N, rows, columns) made orthogonal, of which each process does its share."""
+    """The matrices (N, rows, columns) made orthogonal, each process doing its share, in bf16."""
     if world.size == 1:
         return orthogonalized(matrices)
     own = slice(world.rank, None, world.size)
     updates = torch.zeros_like(matrices, dtype=torch.bfloat16)
     updates[own] = orthogonalized(matrices[own])
-    return world.sum(updates)  # each is a sum of one and zeros
+    return world.sum(updates)  # one process's update and zeros: exact
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """U V^T, nearly, of matrices U S V^T (N, rows, columns): their singular values come near 1, in bf16.
+    """U V^T, nearly, of matrices U S V^T (N, rows, columns) in bf16: their singular values come near 1.
 
     Five steps of a Newton-Schulz iteration with Jordan's coefficients.
     """

@@ -19,7 +19,10 @@ Value = TypeVar("Value")
 
 
 class Loss(nn.Module):
-    """The network's loss alone: of logits that a compiled model returns, the gradient would be zeros as large."""
+    """The network's loss alone.
+
+    A compiled model that returned the logits too would allocate zeros as large as they are for their gradient.
+    """
 
     def __init__(self, gpt: nn.Module) -> None:
         super().__init__()
@@ -30,12 +33,12 @@ class Loss(nn.Module):
 
 
 def wrap(gpt: nn.Module, world: World, compile: bool, divide: bool, recompute: bool) -> nn.Module:
-    """The network's loss on this process's device, compiled, for several processes: divided, or whole on each."""
+    """A module that computes the loss on this process's device, for several processes divided or whole on each."""
     compiled = partial(torch.compile, fullgraph=True, dynamic=False, disable=not compile)
     if recompute:
         recompute_blocks(gpt)
     if divide and world.size > 1:
-        for block in gpt.transformer.h:  # one by one: between them, weights are gathered
+        for block in gpt.transformer.h:  # one by one: FSDP gathers weights between them
             block.forward = compiled(block.forward)
         head = gpt.logits_and_loss
         gpt.logits_and_loss = compiled(lambda hidden, targets: (None, head(hidden, targets)[1]))
@@ -71,7 +74,7 @@ def shard(gpt: nn.Module, world: World) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(world.device.type, (world.size,))  # by default, of what torch was built for
+    mesh = init_device_mesh(world.device.type, (world.size,))  # the default is the accelerator that torch was built for
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # logits, never changed in place
     for block in gpt.transformer.h:
         fully_shard(block, mesh=mesh)
@@ -103,7 +106,7 @@ def gather_gpt(gpt: nn.Module, device: torch.device) -> nn.Module:
 
 
 def divide_like(value: Value, parameter: Tensor) -> Value:
-    """A whole tensor divided as a parameter is, where it has a number for each of its elements; any other as it is."""
+    """A whole tensor divided like the parameter whose shape it has; any other value as it is."""
     if not is_divided(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -20,7 +20,7 @@ from common import monitor
 from common.huggingface import load_gpt
 from common.muon import orthogonalized
 from common.processes import World
-from common.script import UsageError
+from common.script import DataError, UsageError
 from common.shards import open_shards
 from model import GPT
 from recipes import MUON_RECIPES, RECIPES, TrainConfig, fill_defaults, learning_rate, parse_config
@@ -278,10 +278,11 @@ def test_the_benchmark_of_recipes_brackets_the_best_rates_and_runs_nothing_twice
         best = {"AdamW, cosine": 5e-3, "AdamW, linear": 5e-4, "Muon": 3e-3}[training.method]
         loss = 5 + math.log(training.max_lr / best) ** 2 - math.log2(training.tokens) / 10
         loss += math.log(training.muon_lr / 0.08) ** 2 - 0.1 if training.muon_lr else 0.0
-        return asdict(training) | {"val_loss": loss, "cpu_seconds_a_step": 1.0}
+        return asdict(training) | {"setting": {}, "val_loss": loss, "cpu_seconds_a_step": 1.0}
 
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
     monkeypatch.setattr(benchmark, "train", pretend)
+    monkeypatch.setattr(benchmark, "setting", lambda config: {})
     benchmark.main(["--out", "results.jsonl"])
     best = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {name: (run["max_lr"], run["muon_lr"]) for name, run in best.items()} == {
@@ -296,6 +297,9 @@ def test_the_benchmark_of_recipes_brackets_the_best_rates_and_runs_nothing_twice
     Path("results.jsonl").write_text("".join(line + "\n" for line in lines[:-1]))
     benchmark.main(["--out", "results.jsonl"])
     assert [asdict(r).items() <= json.loads(lines[-1]).items() for r in trained] == [True]
+    monkeypatch.setattr(benchmark, "setting", lambda config: {"n_layer": config.n_layer})
+    with pytest.raises(DataError, match=r"--out results\.jsonl holds results of other sizes"):
+        benchmark.main(["--out", "results.jsonl"])
 
 
 def test_the_distance_between_curves_is_interpolated_in_the_logarithm():
