@@ -39,7 +39,7 @@ class CheckConfig:
     model: recipes.Size | None = None  # size whose recipe is checked; None: gpt2 on a CUDA device, else debug
     optimizer: recipes.Optimizer | None = None  # whose recipe is checked; None: muon for debug, else adamw
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
-    compile: bool | None = None  # check the compiled model too; None: on a CUDA device
+    compile: bool | None = None  # check the compiled model too; None: where training would compile it
     data_dir: str | None = None  # shards; None: those that training would take
     out_dir: str = "log"  # directory of a run, on whose disk a checkpoint is written and removed
     dollars_per_hour: float = 0.0  # what the machine costs

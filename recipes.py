@@ -77,7 +77,7 @@ class TrainConfig:
     attention: AttentionBackend = "auto"  # the backend of scaled_dot_product_attention; auto: torch's own choice
     shard: bool = False  # divide weights, gradients and moments among the processes (FSDP), which saves memory
     activation_checkpointing: bool = False  # keep the input of each block alone, and compute the rest again: saves more
-    compile: bool | None = None  # compile the model; None: on a CUDA device, if it can
+    compile: bool | None = None  # compile the model; None: on a CUDA device where that works
 
 
 # From gpt2 on: total batches and learning rates are GPT-3's for these sizes (Brown et al., 2020, table 2.1), the
@@ -220,9 +220,9 @@ def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
     if max(config.beta1, config.beta2) >= 1:
         raise UsageError(f"--beta1 {config.beta1} and --beta2 {config.beta2} must be below 1")
     if config.decay_fraction > 1:
-        raise UsageError(f"--decay_fraction {config.decay_fraction} is a part of the run: at most 1")
+        raise UsageError(f"--decay_fraction {config.decay_fraction} is a share of the run: at most 1")
     if not config.max_lr:
-        raise UsageError("--max_lr 0: the schedule is in proportion to it")
+        raise UsageError("--max_lr 0 must be above 0: all learning rates are scheduled in proportion to it")
     if config.min_lr > config.max_lr:
         raise UsageError(f"--min_lr {config.min_lr} is more than --max_lr {config.max_lr}")
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:

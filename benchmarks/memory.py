@@ -3,14 +3,14 @@
 python -m benchmarks.memory
 
 Fixed are 16 bytes a parameter (weights, gradients and AdamW's two moments in fp32), what a compiled step keeps of the
-weights for its backward pass (their bf16 copies, which --activation_checkpointing makes again) and, as that begins, the
-embedding's gradient in bf16. Each row adds the activations that such a step keeps, and the gradient of the last ones;
-that of the logits takes the logits' place, and what one block computes again is less. What is kept is counted in
-compiled models of one and of two layers, on the CPU.
+weights for its backward pass (their bf16 copies, which --activation_checkpointing makes again) and, as the backward
+pass begins, the embedding's gradient in bf16. Each row adds the activations that such a step keeps, and the gradient of
+the last ones; that of the logits takes the logits' place, and what one block computes again is less. What is kept is
+counted in compiled models of one and of two layers, on the CPU.
 
-With --shard, the 16 bytes are divided among the cards. To them come 4 bytes a parameter for the gradients that are
-accumulated over the micro-batches of a step, the embeddings, which stay gathered while a step is computed, and three
-blocks: the one that is computed, the next, and the buffer through which it comes.
+With --shard, the 16 bytes are divided among the cards. Added are 4 bytes a parameter for the gradients that accumulate
+over the micro-batches of a step, the embeddings, which stay gathered while a step is computed, and three blocks: the
+one that is computed, the next, and the buffer through which it comes.
 
 A tenth of the memory is left for the CUDA context, workspaces and fragmentation.
 """

@@ -4,8 +4,8 @@ python -m benchmarks.recipes --data_dir SHARDS
 
 Each run's result is a line of --out, and what is there is not run again: the command goes on where it was. What is run
 next depends on what is known by then, in this order of priority: each method's learning rates are doubled and halved
-until all neighbors of the best are worse; the best have runs of two and four times the tokens (Muon of half of them
-too), each with a schedule of its own length; Muon is run with one thing changed.
+until all neighbors of the best are worse; the best have runs of two and four times the tokens (Muon of half and
+a quarter of them too), each with a schedule of its own length; Muon is run with one thing changed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class BenchmarkConfig:
     data_dir: str = FULL_DATA  # shards
-    out: str = "benchmarks/recipes.jsonl"  # file of the results; the curves are drawn beside it
+    out: str = "recipes.jsonl"  # file of the results; the curves are drawn beside it
     tokens: Positive[int] = 2**21  # tokens of the shortest runs; the others have two and four times as many
     batch: Positive[int] = 8192  # tokens in an optimizer step
     vocabulary: Positive[int] = 8192  # tokens that are told apart: the most frequent, and one for all others
@@ -220,8 +220,8 @@ def contestants(config: BenchmarkConfig, results: Results) -> dict[str, Run]:
 
 
 def lengths(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
-    """Each contestant's runs of several lengths; Muon has a shorter one too, to compare losses with."""
-    for factor, seed in ((1, 0), (2, 0), (0.5, 0), (4, 0), (2, 1), (2, 2)):
+    """Each contestant's runs of several lengths; Muon has shorter ones too, which reach the others' losses."""
+    for factor, seed in ((1, 0), (2, 0), (0.5, 0), (0.25, 0), (4, 0), (2, 1), (2, 2)):
         for name, contestant in contestants(config, results).items():
             if factor >= 1 or name == "Muon":
                 yield replace(contestant, tokens=int(factor * config.tokens), seed=seed)

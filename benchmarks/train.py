@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
 from common.batches import rank_slice
-from common.device import choose_device, device_name, explain_out_of_memory, keep_freed_memory
+from common.device import can_compile, choose_device, device_name, explain_out_of_memory, keep_freed_memory
 from common.huggingface import huggingface_config
 from common.processes import World, start_processes
 from common.script import DataError, Positive, check_settings, parse_flags, run
@@ -83,7 +83,7 @@ def train_config(config: BenchmarkConfig, device: torch.device, processes: int, 
 
 
 def default_way(device: torch.device) -> str:
-    return "compiled" if device.type == "cuda" else "eager"
+    return "compiled" if can_compile(device) else "eager"
 
 
 # ---- one way, in all of its processes --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import ctypes
 import os
 import re
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,9 +70,11 @@ def require_usable_gpu() -> None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works for a GPU: Triton needs compute capability 7.0, and a C compiler."""
+    """Whether torch.compile works for a GPU: Triton needs compute capability 7.0, a C compiler and Python's headers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return device.type == "cuda" and compiler is not None and torch.cuda.get_device_capability(device) >= (7, 0)
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    can_build = device.type == "cuda" and compiler is not None and has_headers
+    return can_build and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 # Dense bf16 (V100: fp16) tensor FLOP/s, summed in fp32; data sheets that give it with sparsity are halved

@@ -15,8 +15,8 @@ from common.sharding import divide_like, gather
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the groups that have a `momentum`, AdamW for the others.
 
-    torch.optim.Muon does not split a matrix that holds several, as query, key and value, and repeats its work on every
-    process. The matrices of a group are of one shape, and each holds `parts` matrices, one above the other.
+    torch.optim.Muon does not split a matrix that holds several (c_attn: query, key, value), and repeats its work on
+    every process. The matrices of a group are of one shape, and each holds `parts` matrices, one above the other.
     """
 
     def __init__(self, groups: list[dict[str, Any]], world: World, **defaults: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import TypeVar
 
@@ -75,7 +74,6 @@ def shard(gpt: nn.Module, world: World) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))  # the default is the accelerator that torch was built for
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # logits, never changed in place
     for block in gpt.transformer.h:
         fully_shard(block, mesh=mesh)
     fully_shard(gpt, mesh=mesh)  # the rest: the embedding is needed at both ends

@@ -14,7 +14,7 @@ from benchmarks import fixed, speed
 from common.processes import World
 from common.script import UsageError
 from model import PRESETS
-from recipes import RECIPES, fill_defaults
+from recipes import RECIPES, fill_defaults, recipe
 
 
 @pytest.fixture
@@ -200,6 +200,13 @@ def test_a_part_that_fails_is_a_finding_and_the_others_go_on(monkeypatch, capsys
     lines = capsys.readouterr().out.splitlines()
     assert "no kernel image is available" in lines[0] and lines[1].startswith("torch")
     assert json.loads(lines[-1])["wrong"] == ["failing"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_recipe_of_the_optimizer_that_is_asked_for_is_checked(monkeypatch, capsys, optimizer):
+    monkeypatch.setattr(check, "PARTS", (lambda checked: [check.Finding("recipe", repr(checked.config))],))
+    check.main(["--device", "cpu", "--model", "debug", "--optimizer", optimizer])
+    assert f"optimizer='{optimizer}', schedule='{recipe('debug', optimizer).schedule}'" in capsys.readouterr().out
 
 
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(monkeypatch):

@@ -69,13 +69,24 @@ def test_a_gpu_with_kernels_is_taken(machine, capability):
 
 
 @pytest.mark.parametrize(
-    ("capability", "compilers", "compiles"),
-    [((9, 0), ["gcc"], True), ((7, 0), ["clang"], True), ((6, 1), ["gcc"], False), ((9, 0), [], False)],
+    ("capability", "compilers", "headers", "compiles"),
+    [
+        ((9, 0), ["gcc"], ["Python.h"], True),
+        ((7, 0), ["clang"], ["Python.h"], True),
+        ((6, 1), ["gcc"], ["Python.h"], False),
+        ((9, 0), [], ["Python.h"], False),
+        ((9, 0), ["gcc"], [], False),
+    ],
 )
-def test_a_model_is_compiled_by_default_where_triton_can(machine, monkeypatch, capability, compilers, compiles):
+def test_a_model_is_compiled_by_default_where_triton_can(
+    machine, monkeypatch, tmp_path, capability, compilers, headers, compiles
+):
     machine(capability=capability)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(device.shutil, "which", lambda name: name if name in compilers else None)
+    for header in headers:
+        (tmp_path / header).touch()
+    monkeypatch.setattr(device.sysconfig, "get_path", lambda name: str(tmp_path))
     config = replace(RECIPES["gpt2"], dtype="bfloat16")
     assert fill_defaults(config, torch.device("cuda", 0), PRESETS["gpt2"]).compile is compiles
     assert fill_defaults(config, torch.device("cpu"), PRESETS["gpt2"]).compile is False

@@ -190,10 +190,11 @@ def test_the_largest_attention_logit_may_be_negative_and_shows_one_that_is_nan()
         q, k, _ = block.attn.c_attn.weight.chunk(3)
         k.copy_(-q)
         block.attn.c_attn.bias.zero_()
-    alone = random_ids(1, 1)  # whose query and key are opposite
-    assert monitor.largest_attention_logit(gpt, alone) < 0
+    gpt.transformer.wpe.weight.zero_()
+    same = random_ids(1, 1).repeat(1, 4)  # without positions, each query is opposite to every key
+    assert monitor.largest_attention_logit(gpt, same) < 0
     gpt.transformer.h[-1].attn.c_attn.weight[0] = math.nan
-    assert math.isnan(monitor.largest_attention_logit(gpt, alone))
+    assert math.isnan(monitor.largest_attention_logit(gpt, same))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
