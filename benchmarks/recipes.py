@@ -187,7 +187,8 @@ def read_results(config: BenchmarkConfig) -> Results:
     """The results in --out; raises DataError if they are those of other sizes or shards."""
     path = Path(config.out)
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if any(result["setting"] != setting(config) for result in results):
+    expected = setting(config)
+    if any(result["setting"] != expected for result in results):
         raise DataError(f"--out {path} holds results of other sizes or shards: choose another file")
     return {Run(**{field.name: result[field.name] for field in fields(Run)}): result for result in results}
 
@@ -244,12 +245,11 @@ def measure(config: BenchmarkConfig) -> Results:
             if not running:
                 return results
             for finished in wait(running, return_when=FIRST_COMPLETED).done:
-                line = json.dumps(finished.result())
+                result = results[running.pop(finished)] = finished.result()
+                line = json.dumps(result)
                 print(line, flush=True)
                 with open(config.out, "a") as file:
                     file.write(line + "\n")
-                del running[finished]
-            results = read_results(config)
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
