@@ -18,23 +18,22 @@ import itertools
 import json
 import os
 import platform
-import queue
 import random
 import re
 import shutil
 import sys
 import sysconfig
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
 from common import hub, shards
 from common.files import lock, make_directory, sha256
+from common.prefetch import prefetch
 from common.script import DataError, Positive, UsageError, check_settings, escape, parse_flags, progress_bar, run
 from common.tokenizer import END_OF_TEXT, VOCABULARY, encoding, utf8
 
@@ -43,8 +42,6 @@ FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 BATCH_BYTES = 1 << 25
 RELOAD_EVERY = 256  # batches; gigatoken remembers every word that it has seen, so it is loaded anew now and then
 WHITE_BLOCK = 250_000  # characters; tiktoken fails at a million of white space in a row, which fill at least one block
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -273,34 +270,6 @@ def group_by_bytes(texts: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
             batch, total = [], 0
     if batch:
         yield batch
-
-
-def prefetch(items: Iterator[Item], count: int) -> Iterator[Item]:
-    """Yield the items, of which a thread prepares up to `count` ahead.
-
-    A consumer that stops early does not wait for the item in progress, which may be a long download.
-    """
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    room = threading.Semaphore(count)
-    closed = threading.Event()
-
-    def produce() -> None:
-        try:
-            while room.acquire() and not closed.is_set():
-                results.put(next(items))
-        except BaseException as error:  # StopIteration after the last item
-            results.put(error)
-
-    threading.Thread(target=produce, daemon=True).start()
-    try:
-        while not isinstance(item := results.get(), BaseException):
-            room.release()
-            yield item
-        if not isinstance(item, StopIteration):
-            raise item
-    finally:
-        closed.set()
-        room.release()
 
 
 def choose_encoder(config: FinewebConfig) -> str:

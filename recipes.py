@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 
 from common import checkpoint, script
-from common.device import can_compile, choose_device
+from common.device import can_compile, choose_device, has_bfloat16
 from common.huggingface import read_config
 from common.script import DataError, Positive, UsageError, Value
 from common.shards import FULL_DATA, SAMPLE_DATA, load_manifest
@@ -47,7 +47,7 @@ class TrainConfig:
     seed: MustMatch[int] = 1337  # seed of the initial weights and the order of the rows
 
     max_steps: Positive[int] = 19_073  # optimizer steps of the whole run
-    optimizer: MustMatch[Optimizer | None] = None  # muon: for the blocks' matrices; None: muon for debug, else adamw
+    optimizer: MustMatch[Optimizer | None] = None  # muon: for the blocks' matrices; debug's recipe has it, others adamw
     schedule: MustMatch[Literal["cosine", "linear"]] = "cosine"  # decay of the learning rate after warm-up
     decay_fraction: MustMatch[float] = 0.75  # share of the run, at its end, over which the linear schedule decays
     warmup_steps: MustMatch[int] = 715  # optimizer steps of linear warm-up
@@ -76,7 +76,7 @@ class TrainConfig:
     dtype: Dtype = "auto"  # of autocast; auto: bfloat16, or without it float16 on CUDA, else float32
     attention: AttentionBackend = "auto"  # the backend of scaled_dot_product_attention; auto: torch's own choice
     shard: bool = False  # divide weights, gradients and moments among the processes (FSDP), which saves memory
-    activation_checkpointing: bool = False  # keep the input of each block alone, and compute the rest again: saves more
+    activation_checkpointing: bool = False  # keep only each block's input and compute the rest again, which saves more
     compile: bool | None = None  # compile the model; None: on a CUDA device where that works
 
 
@@ -163,7 +163,7 @@ def recipe(model: str, optimizer: str | None) -> TrainConfig:
     """A size's settings with an optimizer, which for debug is Muon if it is left open."""
     if optimizer is None:
         optimizer = "muon" if model == "debug" else "adamw"
-    return (MUON_RECIPES if optimizer == "muon" else RECIPES)[model]
+    return {"adamw": RECIPES, "muon": MUON_RECIPES}[optimizer][model]
 
 
 def default_model(device: torch.device) -> str:
@@ -186,10 +186,9 @@ def fill_defaults(config: TrainConfig, device: torch.device, sizes: GPTConfig) -
 
 def auto_dtype(device: torch.device) -> str:
     """The fastest type that the device computes without emulation."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    has_bfloat16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return "bfloat16" if device.type == "cpu" and has_bfloat16 else "float32"
+    if has_bfloat16(device):
+        return "bfloat16"
+    return "float16" if device.type == "cuda" else "float32"
 
 
 def default_data_dir(model: str) -> str:

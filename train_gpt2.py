@@ -41,6 +41,7 @@ from common.files import claim
 from common.huggingface import load_gpt, read_gpt
 from common.log import Clock, Log, Tracker
 from common.muon import Muon
+from common.prefetch import prefetch
 from common.processes import World, start_processes, stop_signals
 from common.reference import Comparison
 from common.script import DataError, UsageError
@@ -85,7 +86,7 @@ def read_batches(trainer: Trainer, shards: Shards) -> Iterator[Batch]:
     config, state = trainer.config, trainer.state
     batches = Batches(shards.train, config.block_size, config.seed, config.shuffle)
     size_at = partial(batch_tokens, config)
-    return fineweb.prefetch(batches.read(state.position, config.batch_size, size_at, trainer.world), 1)
+    return prefetch(batches.read(state.position, config.batch_size, size_at, trainer.world), 1)
 
 
 # ---- optimizer, training step ----------------------------------------------------------------------------------------

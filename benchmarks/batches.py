@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from common.batches import Batches, rank_slice
+from common.prefetch import prefetch
 from common.processes import World
 from common.script import Positive, check_settings, parse_flags, run
 from common.shards import open_shards, write_shard
 from common.tokenizer import N_TOKENS
-from fineweb import prefetch
 
 T, BATCH_SIZE, TOKENS = 1024, 32, 2**19
 

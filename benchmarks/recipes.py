@@ -5,11 +5,12 @@ python -m benchmarks.recipes --data_dir SHARDS
 Each run's result is a line of --out, and what is there is not run again: the command goes on where it was. What is run
 next depends on what is known by then, in this order of priority: each method's learning rates are doubled and halved
 until all neighbors of the best are worse; the best have runs of two and four times the tokens (Muon of half and
-a quarter of them too), each with a schedule of its own length; Muon is run with one thing changed.
+a quarter of them too), each with a schedule of its own length; Muon and AdamW are run with one thing changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from common.script import DataError, Positive, UsageError, check_settings, parse
 from common.shards import FULL_DATA, Shard, open_shards
 from common.tokenizer import N_TOKENS
 from model import GPT, GPTConfig
-from recipes import TrainConfig, fill_defaults
+from recipes import TrainConfig, auto_dtype, fill_defaults
 from train_gpt2 import Trainer
 
 CPU = torch.device("cpu")
@@ -70,7 +71,9 @@ METHODS = {
     "Muon": {"optimizer": "muon", "schedule": "linear", "weight_decay": 0.05, "max_lr": 3e-3, "muon_lr": 0.02},
 }
 
-# ---- what is changed in Muon's recipe --------------------------------------------------------------------------------
+LONG_WARMUP = "warm-up over a fifth of the run, not a twentieth"
+
+# ---- what is changed in a method, a thing at a time ------------------------------------------------------------------
 
 
 def together(trainer: Trainer) -> None:
@@ -93,15 +96,28 @@ def warm_up_momentum(trainer: Trainer) -> None:
             group["momentum"] = 0.85 + 0.1 * done
 
 
+def faster_embeddings(factor: float, trainer: Trainer) -> None:
+    """Give AdamW what Muon's recipe has: a learning rate of their own for the embeddings, and no decay."""
+    optimizer, gpt = trainer.state.optimizer, trainer.state.gpt
+    if trainer.state.step == 0:
+        matrices, embeddings = optimizer.param_groups[0], [gpt.transformer.wte.weight, gpt.transformer.wpe.weight]
+        matrices["params"] = [p for p in matrices["params"] if p not in set(embeddings)]
+        own = {"params": embeddings, "weight_decay": 0.0, "initial_lr": factor * matrices["initial_lr"]}
+        optimizer.add_param_group(matrices | own)
+
+
 CHANGED_SETTINGS = {
-    "no weight decay": {"weight_decay": 0.0},
-    "weight decay 0.1": {"weight_decay": 0.1},
-    "constant for 75%, not 25%": {"decay_fraction": 0.25},
+    ("Muon", "no weight decay"): lambda settings: replace(settings, weight_decay=0.0),
+    ("Muon", "weight decay 0.1"): lambda settings: replace(settings, weight_decay=0.1),
+    ("Muon", "constant for 75%, not 25%"): lambda settings: replace(settings, decay_fraction=0.25),
+    ("AdamW, linear", LONG_WARMUP): lambda settings: replace(settings, warmup_steps=4 * settings.warmup_steps),
 }
 BEFORE_EACH_STEP = {
-    "q, k, v together": together,
-    "c_proj from zero": zero_projections,
-    "momentum from 0.85 to 0.95 over the first tenth": warm_up_momentum,
+    ("Muon", "q, k, v together"): together,
+    ("Muon", "c_proj from zero"): zero_projections,
+    ("Muon", "momentum from 0.85 to 0.95 over the first tenth"): warm_up_momentum,
+    ("AdamW, linear", "embeddings without decay, at 4 times the learning rate"): partial(faster_embeddings, 4.0),
+    ("AdamW, linear", "embeddings without decay, at 16 times the learning rate"): partial(faster_embeddings, 16.0),
 }
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
@@ -134,21 +150,21 @@ def train(config: BenchmarkConfig, training: Run) -> dict:
     """Train once; returns the run and its result."""
     torch.set_num_threads(1)
     torch.manual_seed(training.seed)
-    sizes = GPTConfig(config.block_size, config.vocabulary, config.n_layer, config.n_embd // 64 or 1, config.n_embd)
+    sizes = GPTConfig(config.block_size, config.vocabulary, config.n_layer, config.n_embd // 64, config.n_embd)
     settings = train_config(config, training, sizes)
     trainer = train_gpt2.make_trainer(settings, World(0, 1, CPU), GPT(sizes))
     train_shard, val_shard = remapped_shards(config.data_dir, config.vocabulary)
     rows = Batches([train_shard], config.block_size, training.seed, shuffle=True)
     batches = rows.read(0, settings.batch_size, lambda position: config.batch, trainer.world)
+    before_each_step = BEFORE_EACH_STEP.get((training.method, training.change), lambda trainer: None)
     losses, seconds, state = [], [], trainer.state
     while state.step < settings.max_steps:
-        BEFORE_EACH_STEP.get(training.change, lambda trainer: None)(trainer)
+        before_each_step(trainer)
         micro_batches = next(batches).micro_batches
         began = time.process_time()
         losses.append(train_gpt2.training_step(trainer, micro_batches)[0])
         seconds.append(time.process_time() - began)
     return asdict(training) | {
-        "setting": setting(config),
         "val_loss": round(train_gpt2.validation_loss(trainer, val_shard)["val_loss"], 4),
         "losses": [round(float(np.mean(tenth)), 4) for tenth in np.array_split(losses, 10)],  # while training
         "cpu_seconds_a_step": round(statistics.median(seconds), 3),
@@ -157,16 +173,19 @@ def train(config: BenchmarkConfig, training: Run) -> dict:
 
 
 def setting(config: BenchmarkConfig) -> dict:
-    """What all results in a file have in common."""
-    first, *_ = open_shards(Path(config.data_dir)).identity
+    """What all results in a file have in common; raises UsageError for shards of fewer tokens than the longest run."""
+    shards = open_shards(Path(config.data_dir))
+    if sum(map(len, shards.train)) <= 4 * config.tokens:
+        raise UsageError(f"--data_dir {config.data_dir} has no more train tokens than the longest run: lower --tokens")
     names = ("batch", "vocabulary", "n_layer", "n_embd", "block_size")
-    return {name: getattr(config, name) for name in names} | {"val_sha256": first[2]}
+    identity = hashlib.sha256(json.dumps(shards.identity).encode()).hexdigest()
+    return {name: getattr(config, name) for name in names} | {"dtype": auto_dtype(CPU), "shards": identity}
 
 
 def train_config(config: BenchmarkConfig, training: Run, sizes: GPTConfig) -> TrainConfig:
     steps = training.tokens // config.batch
     settings = TrainConfig(
-        model="debug",
+        model="debug",  # any name would do: the sizes are given
         batch_size=math.gcd(config.batch // config.block_size, 8),
         total_batch_size=config.batch,
         max_steps=steps,
@@ -174,8 +193,9 @@ def train_config(config: BenchmarkConfig, training: Run, sizes: GPTConfig) -> Tr
         val_tokens=2**17,
     )
     rates = {"max_lr": training.max_lr, "muon_lr": training.muon_lr}
-    changes = METHODS[training.method] | CHANGED_SETTINGS.get(training.change, {}) | rates
-    return fill_defaults(replace(settings, **changes), CPU, sizes)
+    settings = replace(settings, **METHODS[training.method] | rates)
+    change = CHANGED_SETTINGS.get((training.method, training.change), lambda settings: settings)
+    return fill_defaults(change(settings), CPU, sizes)
 
 
 # ---- all runs --------------------------------------------------------------------------------------------------------
@@ -183,11 +203,10 @@ def train_config(config: BenchmarkConfig, training: Run, sizes: GPTConfig) -> Tr
 Results = dict[Run, dict]
 
 
-def read_results(config: BenchmarkConfig) -> Results:
+def read_results(config: BenchmarkConfig, expected: dict) -> Results:
     """The results in --out; raises DataError if they are those of other sizes or shards."""
     path = Path(config.out)
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    expected = setting(config)
     if any(result["setting"] != expected for result in results):
         raise DataError(f"--out {path} holds results of other sizes or shards: choose another file")
     return {Run(**{field.name: result[field.name] for field in fields(Run)}): result for result in results}
@@ -222,21 +241,36 @@ def contestants(config: BenchmarkConfig, results: Results) -> dict[str, Run]:
 
 def lengths(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
     """Each contestant's runs of several lengths; Muon has shorter ones too, which reach the others' losses."""
-    for factor, seed in ((1, 0), (2, 0), (0.5, 0), (0.25, 0), (4, 0), (2, 1), (2, 2)):
-        for name, contestant in contestants(config, results).items():
-            if factor >= 1 or name == "Muon":
-                yield replace(contestant, tokens=int(factor * config.tokens), seed=seed)
+    everyone = contestants(config, results)
+    for multiple, seed, names in (
+        (1, 0, everyone),
+        (2, 0, everyone),
+        (0.5, 0, ["Muon"]),
+        (0.25, 0, ["Muon"]),
+        (2, 1, METHODS),
+        (2, 2, METHODS),
+        (4, 0, METHODS),
+    ):
+        for name in names:
+            yield replace(everyone[name], tokens=int(multiple * config.tokens), seed=seed)
 
 
 def ablations(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
+    """The best of a method, and the same with one thing changed; a longer warm-up may allow for twice the rate."""
     for seed in (0, 1):
-        for change in ("", *CHANGED_SETTINGS, *BEFORE_EACH_STEP):
-            yield replace(best(config, results, "Muon"), change=change, seed=seed)
+        for method in ("Muon", "AdamW, linear"):
+            yield replace(best(config, results, method), seed=seed)
+        for method, change in (*CHANGED_SETTINGS, *BEFORE_EACH_STEP):
+            changed = replace(best(config, results, method), change=change, seed=seed)
+            yield changed
+            if change == LONG_WARMUP:
+                yield replace(changed, max_lr=2 * changed.max_lr)
 
 
 def measure(config: BenchmarkConfig) -> Results:
     """Run what --out does not have yet; returns all results."""
-    results, running = read_results(config), {}
+    shared = setting(config)
+    results, running = read_results(config, shared), {}
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         while True:
             planned = itertools.chain.from_iterable(stage(config, results) for stage in (sweep, lengths, ablations))
@@ -245,7 +279,7 @@ def measure(config: BenchmarkConfig) -> Results:
             if not running:
                 return results
             for finished in wait(running, return_when=FIRST_COMPLETED).done:
-                result = results[running.pop(finished)] = finished.result()
+                result = results[running.pop(finished)] = finished.result() | {"setting": shared}
                 line = json.dumps(result)
                 print(line, flush=True)
                 with open(config.out, "a") as file:
@@ -256,10 +290,9 @@ def measure(config: BenchmarkConfig) -> Results:
 
 
 def curve(contestant: Run, results: Results) -> dict[int, float]:
-    """Its validation loss by the tokens of the run, the mean over the seeds that there are."""
-    same = [r for r in results if r == replace(contestant, tokens=r.tokens, seed=r.seed)]
-    tokens = sorted({r.tokens for r in same})
-    return {n: statistics.mean(results[r]["val_loss"] for r in same if r.tokens == n) for n in tokens}
+    """The validation losses of the first seed, by the tokens of the run."""
+    same = sorted(r.tokens for r in results if r == replace(contestant, tokens=r.tokens))
+    return {tokens: results[replace(contestant, tokens=tokens)]["val_loss"] for tokens in same}
 
 
 def tokens_to_reach(loss: float, falling: dict[int, float]) -> float:
@@ -268,29 +301,47 @@ def tokens_to_reach(loss: float, falling: dict[int, float]) -> float:
     return math.exp(np.interp(-loss, rising, np.log(list(falling)), left=math.nan, right=math.nan))
 
 
+def factor(run: Run, muon: Run, results: Results) -> float:
+    """How many times Muon's tokens a run took for its loss; NaN outside of Muon's curve.
+
+    Runs of one seed begin with the same weights and see the same batches. So with another seed than the curve's,
+    the curve is shifted to Muon's own run of that seed.
+    """
+    middle = replace(muon, tokens=2 * muon.tokens)
+    shift = results[replace(middle, seed=run.seed)]["val_loss"] - results[middle]["val_loss"]
+    return run.tokens / tokens_to_reach(results[run]["val_loss"] - shift, curve(muon, results))
+
+
 def report(config: BenchmarkConfig, results: Results) -> None:
-    """Print each contestant's losses, with the part of its tokens that Muon needs for them; draw the curves."""
+    """Print each contestant's losses, how many times Muon's tokens they took, and the ablations; draw the curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     runs = contestants(config, results)
-    curves = {name: curve(contestant, results) for name, contestant in runs.items()}
+    figures: dict[str, dict] = {}
     for name, contestant in runs.items():
         seconds = results[contestant]["cpu_seconds_a_step"]
         print(f"{name}, max_lr {contestant.max_lr:g}, muon_lr {contestant.muon_lr:g}: {seconds} CPU seconds a step")
+        factors: dict[int, list[float]] = {}
         for r in results:
             if r == replace(contestant, tokens=r.tokens, seed=r.seed):
-                loss = results[r]["val_loss"]
-                part = tokens_to_reach(loss, curves["Muon"]) / r.tokens
-                print(f"    {r.tokens:,} tokens, seed {r.seed}: {loss}, for which Muon needs {part:.2f} of the tokens")
-        axes.plot(list(curves[name]), list(curves[name].values()), marker=".", label=name)
+                factors.setdefault(r.tokens, []).append(factor(r, runs["Muon"], results))
+                times = f"{factors[r.tokens][-1]:.2f} times Muon's tokens"
+                print(f"    {r.tokens:,} tokens, seed {r.seed}: {results[r]['val_loss']}, {times}")
+        for tokens, values in factors.items():
+            if len(values) > 1:
+                print(f"    {tokens:,} tokens: {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} times")
+        falling = curve(contestant, results)
+        axes.plot(list(falling), list(falling.values()), marker=".", label=name)
+        figures[name] = asdict(contestant) | {"val_loss": falling, "factors": factors}
     for r in ablations(config, results):
-        print(f"Muon, {r.change or 'as it is'}, seed {r.seed}: {results[r]['val_loss']}")
+        how = f"{r.method}, max_lr {r.max_lr:g}, {r.change or 'as it is'}, seed {r.seed}"
+        print(f"{how}: {results[r]['val_loss']}")
     axes.set(xscale="log", xlabel="tokens of the run", ylabel="validation loss (nats per token)")
     axes.legend()
     figure.savefig(Path(config.out).with_suffix(".png"))
-    print(json.dumps({name: asdict(r) | {"val_loss": curves[name]} for name, r in runs.items()}))
+    print(json.dumps(figures))
 
 
 def main(argv: list[str] | None = None) -> None:

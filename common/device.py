@@ -69,6 +69,14 @@ def require_usable_gpu() -> None:
             raise UsageError(f"{found} has no kernels for its {name}, only from sm_{oldest} on: {remedy}")
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes bfloat16 itself; emulated, it may be many times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works for a GPU: Triton needs compute capability 7.0, a C compiler and Python's headers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.device import has_bfloat16
 from common.processes import World
 from common.sharding import divide_like, gather
 
@@ -15,13 +16,15 @@ from common.sharding import divide_like, gather
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the groups that have a `momentum`, AdamW for the others.
 
-    torch.optim.Muon does not split a matrix that holds several (c_attn: query, key, value), and repeats its work on
-    every process. The matrices of a group are of one shape, and each holds `parts` matrices, one above the other.
+    The arithmetic is torch.optim.Muon's, which does not split a matrix that holds several (c_attn: query, key, value),
+    repeats its work on every process, and is slow where bf16 is emulated, for which there is fp32 here. The matrices
+    of a group are of one shape, and each holds `parts` matrices, one above the other.
     """
 
     def __init__(self, groups: list[dict[str, Any]], world: World, **defaults: Any) -> None:
         super().__init__(groups, **defaults)
         self.world = world
+        self.dtype = torch.bfloat16 if has_bfloat16(world.device) else torch.float32
 
     @torch.no_grad()
     def step(self) -> None:
@@ -29,16 +32,16 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             if "momentum" in group:
                 self.update_matrices(group)
-        self.param_groups = [group for group in groups if "momentum" not in group]  # those that AdamW sees
+        self.param_groups = [group for group in groups if "momentum" not in group]  # all that AdamW may see
         super().step()
         self.param_groups = groups
 
     def update_matrices(self, group: dict[str, Any]) -> None:
-        directions = [self.nesterov_gradient(p, group["momentum"]).bfloat16() for p in group["params"]]
+        directions = [self.nesterov_gradient(p, group["momentum"]).to(self.dtype) for p in group["params"]]
         whole = torch.stack([gather(direction, self.world.device) for direction in directions])  # (N, out, in)
         matrices = whole.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (N * parts, out / parts, in)
         updates = orthogonalize_across_processes(matrices, self.world).reshape(whole.shape)
-        scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))
+        scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))  # Jordan's: a tall matrix changes more
         for parameter, update in zip(group["params"], updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(divide_like(update, parameter), alpha=-group["lr"] * scale)
@@ -54,23 +57,21 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize_across_processes(matrices: Tensor, world: World) -> Tensor:
-    """The matrices (N, rows, columns) made orthogonal, each process doing its share, in bf16."""
-    if world.size == 1:
-        return orthogonalized(matrices)
+    """The matrices (N, rows, columns) made orthogonal, each process doing its share."""
     own = slice(world.rank, None, world.size)
-    updates = torch.zeros_like(matrices, dtype=torch.bfloat16)
+    updates = torch.zeros_like(matrices)
     updates[own] = orthogonalized(matrices[own])
     return world.sum(updates)  # one process's update and zeros: exact
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """U V^T, nearly, of matrices U S V^T (N, rows, columns) in bf16: their singular values come near 1.
+    """U V^T, nearly, of matrices U S V^T (N, rows, columns): of singular values above 1/500 of the norm, 0.6 to 1.3.
 
-    Five steps of a Newton-Schulz iteration with Jordan's coefficients.
+    Five steps of Jordan's Newton-Schulz iteration, x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x.
     """
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices.bfloat16() if wide else matrices.bfloat16().mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = matrices if wide else matrices.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1 now
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from common.batches import Batches, permutation, rank_slice
+from common.prefetch import prefetch
 from common.processes import World
 from common.script import DataError
-from fineweb import prefetch
 
 CPU = torch.device("cpu")
 
