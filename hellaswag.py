@@ -40,7 +40,7 @@ ENDINGS = 4
 
 @dataclass(frozen=True)
 class HellaswagConfig:
-    checkpoint: str = "log"  # checkpoint, run (its newest checkpoint), or model on the Hugging Face Hub, as gpt2-xl
+    checkpoint: str = "log"  # checkpoint, run (its newest checkpoint), or model on the Hugging Face Hub such as gpt2-xl
     data: str | None = None  # file of examples; None: hellaswag_val.jsonl, downloaded if it is not there
     limit: Positive[int | None] = None  # score only this many examples from the start; None: all
     batch_tokens: Positive[int] = 8192  # tokens in a batch, at most, or one question; lower it for memory
@@ -50,9 +50,10 @@ class HellaswagConfig:
 def download(path: Path = FILE) -> Path:
     """Fetch the official validation set unless it is there; raises DataError if that fails."""
     try:
-        with lock(path.absolute().with_name(f"{path.name}.lock")):
-            if not path.is_file():
-                fetch(path)
+        if not path.is_file():
+            with lock(path.absolute().with_name(f"{path.name}.lock")):
+                if not path.is_file():  # another process may have fetched it meanwhile
+                    fetch(path)
     except (OSError, HTTPException) as error:
         raise DataError(f"cannot download {URL} ({error}): give a local copy with --data FILE") from None
     if sha256(path) != SHA256:

@@ -163,7 +163,7 @@ def recipe(model: str, optimizer: str | None) -> TrainConfig:
     """A size's settings with an optimizer, which for debug is Muon if it is left open."""
     if optimizer is None:
         optimizer = "muon" if model == "debug" else "adamw"
-    return {"adamw": RECIPES, "muon": MUON_RECIPES}[optimizer][model]
+    return (MUON_RECIPES if optimizer == "muon" else RECIPES)[model]
 
 
 def default_model(device: torch.device) -> str:
@@ -211,7 +211,8 @@ def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
     for name in ("total_batch_size", "initial_batch_size"):
         if getattr(config, name) % micro:
             factors = f"--batch_size {config.batch_size} x --block_size {config.block_size} x {processes} process(es)"
-            raise UsageError(f"--{name} {getattr(config, name)} is not a multiple of {factors} = {micro}")
+            remedy = "choose a smaller --batch_size" if getattr(config, name) < micro else "choose another"
+            raise UsageError(f"--{name} {getattr(config, name)} is not a multiple of {factors} = {micro}: {remedy}")
     if config.initial_batch_size > config.total_batch_size:
         raise UsageError(f"--initial_batch_size {config.initial_batch_size} is more than --total_batch_size")
     if (config.initial_batch_size < config.total_batch_size) != (config.batch_ramp_tokens > 0):

@@ -272,7 +272,7 @@ def write_samples(trainer: Trainer, prompt: str) -> dict[str, float]:
     if trainer.world.is_main:
         idx = torch.tensor([encode(prompt)] * 4, device=device)  # (B, T)
         generator = torch.Generator(device).manual_seed(trainer.config.seed)
-        with trainer.autocast():
+        with trainer.autocast(), attention_backend(trainer.config, device, masked=True):  # cuDNN may refuse T = 1
             tokens = gpt.generate(idx, max_new_tokens=32, top_k=50, generator=generator)
         for row in tokens.tolist():
             text = decode(list(itertools.takewhile(lambda token: token != END_OF_TEXT, row)))

@@ -103,7 +103,7 @@ def save_checkpoint(out_dir: Path, snapshot: Snapshot, record: dict, card: str) 
     try:
         save_gpt(snapshot.gpt, temporary)
         save_tokenizer(temporary, snapshot.gpt.config.block_size)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names of files
         save_tensors(snapshot.tensors, temporary / "optimizer.safetensors")
         write_json(temporary / "trainer.json", record | snapshot.record)
         write_json(temporary / MANIFEST, {path.name: sha256(path) for path in sorted(temporary.iterdir())})
@@ -144,12 +144,12 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
-MODEL_CARD = Path(__file__).with_name("model_card.md")
+MODEL_CARD = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")  # now: a later one may not fit
 
 
 def model_card(state: TrainingState, init_from: str | None, max_steps: int, source: dict) -> str:
     """README.md as the Hugging Face Hub shows it: how the model was made, how good it is, how to load it."""
-    return MODEL_CARD.read_text(encoding="utf-8").format(
+    return MODEL_CARD.format(
         **asdict(state.gpt.config),
         datasets=f"datasets: {json.dumps([source['dataset']])}\n" if "dataset" in source else "",
         parameters=sum(map(math.prod, gpt2_shapes(state.gpt.config).values())),
@@ -292,5 +292,6 @@ def restore_optimizer(state: TrainingState, values: dict[str, Tensor | float], g
         key, name = full_name.split(".", 1)
         entries.setdefault(indices[name], {})[key] = divide_like(value, parameters[name])
     before = state.optimizer.state_dict()["param_groups"]
-    require_types(groups or before, before)
-    state.optimizer.load_state_dict({"state": entries, "param_groups": groups or before})
+    groups = [new | old for new, old in zip(before, groups or before, strict=True)]  # a newer torch may have more keys
+    require_types(groups, before)
+    state.optimizer.load_state_dict({"state": entries, "param_groups": groups})

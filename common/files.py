@@ -108,11 +108,12 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
     """
     file_lock = FileLock(path)
     try:
-        file_lock.acquire(blocking=False)
+        file_lock.acquire(timeout=1)  # not 0: on a disk without locks, filelock takes over from a dead process by then
     except Timeout:
         if not wait:
             holder = " on ".join(path.read_text().split()[:2]) or "not known"
-            raise UsageError(f"{path.parent} is in use by another process ({holder})") from None
+            remedy = f"if that has ended, delete {path}"
+            raise UsageError(f"{path.parent} is in use by another process ({holder}); {remedy}") from None
         print(f"waiting for another process that writes to {escape(str(path.parent))}", flush=True)
         file_lock.acquire()
     try:

@@ -18,7 +18,7 @@ from common.reference import Comparison
 from common.script import DataError
 
 
-def read_log(directory: Path) -> list[dict]:
+def read_log(directory: Path, skip_damaged: bool = False) -> list[dict]:
     """The records of a run's log; raises DataError for a damaged line, but for a last one that was cut off."""
     path = directory / "log.jsonl"
     if not path.is_file():
@@ -29,7 +29,7 @@ def read_log(directory: Path) -> list[dict]:
         try:
             records.append(read_record(line))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            if number < len(lines):
+            if number < len(lines) and not skip_damaged:
                 raise DataError(f"{path}, line {number}, is damaged: delete the line") from None
     return records
 
@@ -56,7 +56,8 @@ class Log:
         """Begin at a step, 0 or a checkpoint's: drop what lies past it, and its evaluation if that will be redone."""
         if not self.enabled:
             return
-        records = read_log(self.path.parent) if step and self.path.exists() else []
+        # a power cut may leave a hole past the checkpoint, with which the log was flushed
+        records = read_log(self.path.parent, skip_damaged=True) if step and self.path.exists() else []
         last = step - 1 if redo_evaluation else step
         kept = [r for r in records if r["step"] <= last or (r["step"] == step and ("loss" in r or "seconds" in r))]
         run = next((r["run"] for r in kept if "run" in r), uuid.uuid4().hex)

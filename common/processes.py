@@ -87,6 +87,7 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
         raise UsageError("WORLD_SIZE is set, but not by torchrun: start several processes with torchrun")
     if device.type == "mps" or device_name.startswith("cuda:"):
         raise UsageError(f"--device {device_name} takes one process: choose cuda, or cpu")
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     limit = timedelta(seconds=timeout)
     startup = max(limit, timedelta(minutes=1))  # some processes take longer to start
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -98,7 +99,8 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if re.search("timed out|timeout|connection|peer", reason, re.IGNORECASE):
             lost = f"another process ended, or did not answer within --timeout {timeout} s"
-            raise DataError(f"{lost}: {reason}") from None
+            several = "; on several machines, GLOO_SOCKET_IFNAME may be needed (docs/operations.md)"
+            raise DataError(f"{lost}: {reason}{several if size > local_size else ''}") from None
         raise
     dist.destroy_process_group()  # not after an error: the others may wait in a collective, and torchrun ends them
 
@@ -118,4 +120,4 @@ def stop_signals() -> Iterator[list[int]]:
         yield received
     finally:
         for kind, handler in before.items():
-            signal.signal(kind, handler)
+            signal.signal(kind, handler or signal.SIG_DFL)  # None: one that Python has not set

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -142,6 +143,11 @@ def run(main: Callable[[], object], spare_output: bool = False) -> NoReturn:
         message += f" (rank {rank})" if rank else ""
     except KeyboardInterrupt:
         status, message = 130, "interrupted" if is_local_main() else ""
+    except Exception:
+        if rank is None:
+            raise
+        traceback.print_exc()
+        status = 1
     sys.stdout.spare = sys.stderr.spare = True  # nothing that is left to print may change the status
     if message:
         print(f"{Path(sys.argv[0]).name}: error: {escape(message)}", file=sys.stderr)

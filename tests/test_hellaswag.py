@@ -288,6 +288,12 @@ def test_the_file_is_downloaded_once_and_checked(server):
         hellaswag.download()
 
 
+def test_a_file_that_is_there_is_taken_also_where_nothing_can_be_written(server, monkeypatch):
+    hellaswag.download()
+    monkeypatch.setattr(hellaswag, "lock", lambda path: pytest.fail("a lock is a file beside the examples"))
+    hellaswag.download()
+
+
 def test_of_several_at_once_one_downloads(server):
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda _: hellaswag.download(), range(4)))

@@ -105,6 +105,14 @@ def test_bytes_that_are_no_text_are_a_damaged_line(tmp_path):
         read_log(tmp_path)
 
 
+def test_a_hole_past_the_checkpoint_does_not_keep_a_run_from_resuming(tmp_path):
+    write_steps(open_log(tmp_path), range(7))
+    lines = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_bytes(b"".join([*lines[:-3], b"\0" * 4096, *lines[-2:]]))
+    open_log(tmp_path, step=4)
+    assert values(tmp_path, "loss") == {step: 10.0 - step for step in (1, 2, 3, 4)}
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty", "directory"])
 def test_a_directory_without_a_log_is_refused_by_name(tmp_path, name):
     (tmp_path / "empty").mkdir()

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ from pathlib import Path
 import hellaswag, model, plot, torch, train_gpt2
 from common.processes import start_processes
 from conftest import tiny_config
-model.PRESETS["debug"] = model.GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=16)
+model.PRESETS["debug"] = model.{sizes!r}
 hellaswag.FILE = Path("examples.jsonl")
 hellaswag.download = lambda: hellaswag.FILE
 plot.draw = lambda directory: None
@@ -89,7 +90,7 @@ os._exit(0)  # as `run` does: a process group's threads may abort an interpreter
 
 def train_together(directory, processes, *runs):
     """Do these runs, one after the other, in the processes of one torchrun."""
-    (directory / "runs.py").write_text(RUNS.format(root=str(ROOT)))
+    (directory / "runs.py").write_text(RUNS.format(root=str(ROOT), sizes=SIZES))
     finished = run_script(directory / "runs.py", json.dumps(runs), processes=processes, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert "Warning" not in finished.stderr
@@ -241,12 +242,19 @@ def test_a_run_goes_through_one_two_and_four_processes_with_and_without_shard(bu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "compile", "tolerance"), [("float32", True, 1e-4), ("bfloat16", True, 0.02)])
-def test_compiled_blocks_give_the_losses_of_one_process(built_shards, tmp_path, dtype, compile, tolerance):
+@pytest.mark.parametrize(
+    ("dtype", "shard", "activation_checkpointing", "tolerance"),
+    [("float32", True, False, 1e-4), ("bfloat16", True, True, 0.02), ("float32", False, True, 1e-4)],
+)
+def test_more_compiled_blocks_than_a_function_may_be_compiled_for_give_the_losses_of_one_process(
+    built_shards, tmp_path, monkeypatch, dtype, shard, activation_checkpointing, tolerance
+):
+    monkeypatch.setitem(globals(), "SIZES", replace(SIZES, n_layer=10))
+    assert torch._dynamo.config.recompile_limit < SIZES.n_layer
     shutil.copytree(built_shards(6000, 1000), tmp_path / "shards")
     settings = {"sample_every": 0, "hellaswag_every": 0}
     train_alone(SETTINGS | settings, out_dir="one")
-    changes = {"out_dir": "divided", "shard": True, "dtype": dtype, "compile": compile}
-    train_together(tmp_path, 2, SETTINGS | settings | changes)
+    changes = {"shard": shard, "activation_checkpointing": activation_checkpointing, "dtype": dtype, "compile": True}
+    train_together(tmp_path, 2, SETTINGS | settings | changes | {"out_dir": "divided"})
     for key in ("loss", "val_loss"):
         assert records(tmp_path / "divided", key) == pytest.approx(records(tmp_path / "one", key), abs=tolerance)

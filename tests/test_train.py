@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import transformers
 from conftest import ROOT, records, tiny_config
 from safetensors.torch import load_file
 
+import fineweb
 import hellaswag
 import plot
 import sample
@@ -503,6 +505,15 @@ def test_a_model_card_tells_how_the_model_was_made_and_how_good_it_is(shards, tm
     parameters = sum(weight.numel() for weight in GPT(SIZES).parameters()) - 47 * SIZES.n_embd
     assert f"{parameters:,} parameters" in body  # without the 47 rows of padding
     assert "source.jsonl" in body and "from transformers import pipeline" in body
+
+
+def test_a_source_whose_name_is_not_utf_8_does_not_keep_a_run_from_saving(small_debug, tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    source = tmp_path / name
+    source.write_text("Tea and cake. " * 500)
+    fineweb.main(["--input", str(source), "--out_dir", "cafe", "--shard_size", "1000", "--encoder", "tiktoken"])
+    train(tiny_config(data_dir="cafe"))
+    assert "caf\\udce9.txt" in (tmp_path / "log" / "step_000008" / "README.md").read_text()
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
