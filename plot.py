@@ -68,7 +68,7 @@ def draw_losses(axes: Axes, records: list[dict]) -> None:
 
 
 def smooth(losses: list[float]) -> np.ndarray:
-    """The mean of each loss and its neighbours, a hundredth of all on either side; fewer at the ends."""
+    """The mean of each loss and its neighbors, a hundredth of all on either side; fewer at the ends."""
     index = np.arange(len(losses))
     reach = np.minimum(len(losses) // 100, index)
     start, stop = index - reach, np.minimum(index + reach + 1, len(losses))

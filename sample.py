@@ -29,7 +29,7 @@ PROMPT = "Hello, I'm a language model,"
 
 @dataclass(frozen=True)
 class SampleConfig:
-    checkpoint: str = "log"  # checkpoint, run (its newest checkpoint), or model on the Hugging Face Hub, as gpt2-xl
+    checkpoint: str = "log"  # checkpoint, run (its newest checkpoint), or model on the Hugging Face Hub such as gpt2-xl
     prompt: str | None = None  # text to continue; None: standard input if it is piped, else a short one
     file: str | None = None  # file with the text to continue
     num_samples: Positive[int] = 4  # continuations to write

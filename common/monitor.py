@@ -11,7 +11,7 @@ from common.sharding import gather
 
 
 def largest_attention_logit(gpt: nn.Module, idx: Tensor) -> float:
-    """The largest of all layers and heads, on rows of tokens (B, T)."""
+    """The largest causal attention logit, q k^T / sqrt(D), of all layers and heads, on rows of tokens (B, T)."""
     logits = []
 
     def record(module: nn.Module, inputs: tuple, projections: Tensor) -> None:
@@ -30,6 +30,7 @@ def largest_attention_logit(gpt: nn.Module, idx: Tensor) -> float:
 
 
 def copy_matrices(gpt: nn.Module) -> dict[str, Tensor]:
+    """A copy of each matrix, or of this process's part of it."""
     gpt.state_dict()  # for its side effect: FSDP divides again what a validation has left gathered
     return {name: p.detach().clone() for name, p in gpt.named_parameters() if p.dim() >= 2}
 

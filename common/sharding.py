@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.processes import World
 
-# torch.distributed.fsdp and .tensor take a second to import, which scripts that divide nothing need not wait
+# torch.distributed.fsdp and .tensor take a second to import, so they are imported only where something is divided
 
 Value = TypeVar("Value")
 
@@ -40,7 +40,7 @@ def wrap(gpt: nn.Module, world: World, compile: bool, divide: bool, recompute: b
         for block in gpt.transformer.h:  # one by one: FSDP gathers weights between them
             block.forward = compiled(block.forward)
         head = gpt.logits_and_loss
-        gpt.logits_and_loss = compiled(lambda hidden, targets: (None, head(hidden, targets)[1]))
+        gpt.logits_and_loss = compiled(lambda hidden, targets: (None, head(hidden, targets)[1]))  # as in Loss
         shard(gpt, world)
         return Loss(gpt)
     model = compiled(Loss(gpt.to(world.device)))
@@ -48,7 +48,7 @@ def wrap(gpt: nn.Module, world: World, compile: bool, divide: bool, recompute: b
 
 
 def recompute_blocks(gpt: nn.Module) -> None:
-    """Let each block keep its input alone for the backward pass, which computes the rest again."""
+    """Let each block keep only its input for the backward pass, which computes the rest again."""
     for block in gpt.transformer.h:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -97,7 +97,7 @@ def gather_gpt(gpt: nn.Module, device: torch.device) -> nn.Module:
     if not is_divided(weights["lm_head.weight"]):
         return gpt
     with torch.device("meta"):
-        whole = type(gpt)(gpt.config)  # FSDP's class makes one of the network's own
+        whole = type(gpt)(gpt.config)  # of the class that FSDP has derived, which makes the original one
     whole.load_state_dict({name: gather(weight, device) for name, weight in weights.items()}, assign=True)
     whole.lm_head.weight = whole.transformer.wte.weight  # assigning unties them
     return whole

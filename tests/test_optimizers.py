@@ -23,7 +23,7 @@ from common.processes import World
 from common.script import DataError, UsageError
 from common.shards import open_shards
 from model import GPT
-from recipes import MUON_RECIPES, RECIPES, TrainConfig, fill_defaults, learning_rate, parse_config
+from recipes import MUON_RECIPES, RECIPES, TUNED_GPT2, TrainConfig, fill_defaults, learning_rate, parse_config
 from train_gpt2 import make_optimizer, train, training_step
 
 CPU = torch.device("cpu")
@@ -262,6 +262,7 @@ def test_muon_trains_gpt2_for_3_9_billion_tokens_of_which_the_last_three_quarter
 
 def test_without_a_choice_gpt2_is_trained_with_adamw_and_debug_with_muon():
     assert parse_config(["--model", "gpt2"], None) == RECIPES["gpt2"]
+    assert parse_config(["--model", "gpt2", "--max_lr", "1.2e-3"], None) == TUNED_GPT2
     assert parse_config(["--model", "debug"], None) == MUON_RECIPES["debug"]
 
 
