@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import batches, checkpoint, generate, memory, train
+from benchmarks import batches, checkpoint, generate, memory, muon, train
 from common.script import UsageError
 from common.sharding import Loss, recompute_blocks
 from common.tokenizer import N_TOKENS
@@ -44,6 +44,19 @@ def test_cached_generation_writes_the_tokens_of_the_uncached(small_debug, capsys
     assert figures["ratio"] == pytest.approx(rates["cached"] / rates["uncached"])
 
 
+def test_the_muon_benchmark_does_all_work_of_one_process_in_either_way(monkeypatch, capsys):
+    sizes, orthogonalize = [], muon.orthogonalize_across_processes
+    monkeypatch.setattr(
+        muon, "orthogonalize_across_processes", lambda m, world: (sizes.append(m.numel()), orthogonalize(m, world))[1]
+    )
+    muon.main(["--model", "debug", "--repeat", "1", "--device", "cpu"])
+    figures = last_line(capsys)
+    assert figures["processes"] == 1
+    assert figures["ratio"] == pytest.approx(figures["seconds"]["repeated"] / figures["seconds"]["divided"])
+    C = PRESETS["debug"].n_embd
+    assert sum(sizes) == 4 * 12 * C * C * PRESETS["debug"].n_layer  # twice, and twice to warm up
+
+
 def test_the_batches_benchmark_waits_less_for_what_was_read_ahead(capsys):
     batches.main(["--processes", "2", "--steps", "3", "--step_ms", "50"])
     figures = last_line(capsys)
@@ -66,6 +79,7 @@ def test_the_checkpoint_benchmark_ends_in_its_figures_and_leaves_nothing_behind(
     [
         (generate.compare, generate.BenchmarkConfig(new_tokens=0), "--new_tokens"),
         (generate.compare, generate.BenchmarkConfig(device="abacus"), "--device abacus"),
+        (muon.compare, muon.BenchmarkConfig(repeat=0), "--repeat"),
         (checkpoint.compare, checkpoint.BenchmarkConfig(repeat=0), "--repeat"),
         (checkpoint.compare, checkpoint.BenchmarkConfig(out_dir="nowhere"), "--out_dir nowhere"),
         (train.compare, train.BenchmarkConfig(device="cpu", steps=0), "--steps"),
