@@ -4,8 +4,8 @@ python -m benchmarks.recipes --data_dir SHARDS
 
 Each run's result is a line of --out, and what is there is not run again: the command goes on where it was. What is run
 next depends on what is known by then, in this order of priority: each method's learning rates are doubled and halved
-until all neighbors of the best are worse; the best have runs of two and four times the tokens (Muon of half and
-a quarter of them too), each with a schedule of its own length; Muon and AdamW are run with one thing changed.
+until all neighbors of the best are worse; AdamW and Muon are run with one thing changed; the best have runs of two and
+four times the tokens (Muon of half and a quarter of them too), each with a schedule of its own length.
 """
 
 from __future__ import annotations
@@ -107,17 +107,17 @@ def faster_embeddings(factor: float, trainer: Trainer) -> None:
 
 
 CHANGED_SETTINGS = {
+    ("AdamW, linear", LONG_WARMUP): lambda settings: replace(settings, warmup_steps=4 * settings.warmup_steps),
     ("Muon", "no weight decay"): lambda settings: replace(settings, weight_decay=0.0),
     ("Muon", "weight decay 0.1"): lambda settings: replace(settings, weight_decay=0.1),
     ("Muon", "constant for 75%, not 25%"): lambda settings: replace(settings, decay_fraction=0.25),
-    ("AdamW, linear", LONG_WARMUP): lambda settings: replace(settings, warmup_steps=4 * settings.warmup_steps),
 }
 BEFORE_EACH_STEP = {
+    ("AdamW, linear", "embeddings without decay, at 4 times the learning rate"): partial(faster_embeddings, 4.0),
+    ("AdamW, linear", "embeddings without decay, at 16 times the learning rate"): partial(faster_embeddings, 16.0),
     ("Muon", "q, k, v together"): together,
     ("Muon", "c_proj from zero"): zero_projections,
     ("Muon", "momentum from 0.85 to 0.95 over the first tenth"): warm_up_momentum,
-    ("AdamW, linear", "embeddings without decay, at 4 times the learning rate"): partial(faster_embeddings, 4.0),
-    ("AdamW, linear", "embeddings without decay, at 16 times the learning rate"): partial(faster_embeddings, 16.0),
 }
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
@@ -258,9 +258,9 @@ def lengths(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
 def ablations(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
     """The best of a method, and the same with one thing changed; a longer warm-up may allow for twice the rate."""
     for seed in (0, 1):
-        for method in ("Muon", "AdamW, linear"):
+        for method in ("AdamW, linear", "Muon"):
             yield replace(best(config, results, method), seed=seed)
-        for method, change in (*CHANGED_SETTINGS, *BEFORE_EACH_STEP):
+        for method, change in sorted([*CHANGED_SETTINGS, *BEFORE_EACH_STEP], key=lambda changed: changed[0]):
             changed = replace(best(config, results, method), change=change, seed=seed)
             yield changed
             if change == LONG_WARMUP:
@@ -273,7 +273,7 @@ def measure(config: BenchmarkConfig) -> Results:
     results, running = read_results(config, shared), {}
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         while True:
-            planned = itertools.chain.from_iterable(stage(config, results) for stage in (sweep, lengths, ablations))
+            planned = itertools.chain.from_iterable(stage(config, results) for stage in (sweep, ablations, lengths))
             missing = [r for r in dict.fromkeys(planned) if r not in results and r not in running.values()]
             running |= {pool.submit(train, config, r): r for r in missing[: config.workers - len(running)]}
             if not running:
