@@ -47,7 +47,7 @@ class TrainConfig:
     seed: MustMatch[int] = 1337  # seed of the initial weights and the order of the rows
 
     max_steps: Positive[int] = 19_073  # optimizer steps of the whole run
-    optimizer: MustMatch[Optimizer | None] = None  # muon: for the blocks' matrices; debug's recipe has it, others adamw
+    optimizer: MustMatch[Optimizer | None] = None  # muon: for the blocks' matrices; unless given, for debug alone
     schedule: MustMatch[Literal["cosine", "linear"]] = "cosine"  # decay of the learning rate after warm-up
     decay_fraction: MustMatch[float] = 0.75  # share of the run, at its end, over which the linear schedule decays
     warmup_steps: MustMatch[int] = 715  # optimizer steps of linear warm-up
@@ -76,7 +76,7 @@ class TrainConfig:
     dtype: Dtype = "auto"  # of autocast; auto: bfloat16, or without it float16 on CUDA, else float32
     attention: AttentionBackend = "auto"  # the backend of scaled_dot_product_attention; auto: torch's own choice
     shard: bool = False  # divide weights, gradients and moments among the processes (FSDP), which saves memory
-    activation_checkpointing: bool = False  # keep only each block's input and compute the rest again, which saves more
+    activation_checkpointing: bool = False  # keep only each block's input and recompute the rest: saves more memory
     compile: bool | None = None  # compile the model; None: on a CUDA device where that works
 
 
@@ -215,8 +215,8 @@ def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
     for name in ("total_batch_size", "initial_batch_size"):
         if getattr(config, name) % micro:
             factors = f"--batch_size {config.batch_size} x --block_size {config.block_size} x {processes} process(es)"
-            remedy = "choose a smaller --batch_size" if getattr(config, name) < micro else "choose another"
-            raise UsageError(f"--{name} {getattr(config, name)} is not a multiple of {factors} = {micro}: {remedy}")
+            change = "lower --batch_size" if getattr(config, name) < micro else f"change --batch_size or --{name}"
+            raise UsageError(f"--{name} {getattr(config, name)} is not a multiple of {factors} = {micro}: {change}")
     if config.initial_batch_size > config.total_batch_size:
         raise UsageError(f"--initial_batch_size {config.initial_batch_size} is more than --total_batch_size")
     if (config.initial_batch_size < config.total_batch_size) != (config.batch_ramp_tokens > 0):

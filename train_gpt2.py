@@ -10,9 +10,7 @@ python train_gpt2.py --resume                             (continue after an int
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -70,8 +68,7 @@ def load_shards(config: TrainConfig, world: World) -> Shards:
         fineweb.build(fineweb.FinewebConfig(sample=True, encoder="tiktoken", workers=1))
     world.barrier()  # until they are built
     shards = open_shards(directory)
-    identity = hashlib.sha256(json.dumps(shards.identity).encode()).digest()
-    number = int.from_bytes(identity[:7], "big")
+    number = int(shards.digest[:14], 16)
     if world.any_rank(number != world.broadcast(number)):
         raise DataError(f"--data_dir {directory} does not hold the same shards on every machine")
     if len(shards.val) <= config.block_size:
@@ -196,7 +193,7 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def attention_backend(config: TrainConfig, device: torch.device, masked: bool = False) -> Iterator[None]:
-    """Enable --attention's backend alone; for masks, which flash attention does not support on a GPU, math too."""
+    """Enable --attention's backend alone; for masks and single queries, which not all support on a GPU, math too."""
     if config.attention == "auto":
         yield
         return

@@ -10,7 +10,6 @@ four times the tokens (Muon of half and a quarter of them too), each with a sche
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -43,7 +42,7 @@ CPU = torch.device("cpu")
 class BenchmarkConfig:
     data_dir: str = FULL_DATA  # shards
     out: str = "recipes.jsonl"  # file of the results; the curves are drawn beside it
-    tokens: Positive[int] = 2**21  # tokens of the shortest runs; the others have two and four times as many
+    tokens: Positive[int] = 2**21  # tokens of most runs; the others have two and four times as many, or a part of them
     batch: Positive[int] = 8192  # tokens in an optimizer step
     vocabulary: Positive[int] = 8192  # tokens that are told apart: the most frequent, and one for all others
     n_layer: Positive[int] = 6  # layers
@@ -176,10 +175,10 @@ def setting(config: BenchmarkConfig) -> dict:
     """What all results in a file have in common; raises UsageError for shards of fewer tokens than the longest run."""
     shards = open_shards(Path(config.data_dir))
     if sum(map(len, shards.train)) <= 4 * config.tokens:
-        raise UsageError(f"--data_dir {config.data_dir} has no more train tokens than the longest run: lower --tokens")
+        longest = f"the longest run ({4 * config.tokens:,})"
+        raise UsageError(f"--data_dir {config.data_dir} has too few train tokens for {longest}: lower --tokens")
     names = ("batch", "vocabulary", "n_layer", "n_embd", "block_size")
-    identity = hashlib.sha256(json.dumps(shards.identity).encode()).hexdigest()
-    return {name: getattr(config, name) for name in names} | {"dtype": auto_dtype(CPU), "shards": identity}
+    return {name: getattr(config, name) for name in names} | {"dtype": auto_dtype(CPU), "shards": shards.digest}
 
 
 def train_config(config: BenchmarkConfig, training: Run, sizes: GPTConfig) -> TrainConfig:
@@ -204,11 +203,14 @@ Results = dict[Run, dict]
 
 
 def read_results(config: BenchmarkConfig, expected: dict) -> Results:
-    """The results in --out; raises DataError if they are those of other sizes or shards."""
+    """The results in --out; raises DataError if they are those of other sizes, shards or another type."""
     path = Path(config.out)
-    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    try:
+        results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError:
+        raise DataError(f"--out {path} has a line that was cut off: delete it") from None
     if any(result["setting"] != expected for result in results):
-        raise DataError(f"--out {path} holds results of other sizes or shards: choose another file")
+        raise DataError(f"--out {path} holds results of other sizes, shards or another type: choose another file")
     return {Run(**{field.name: result[field.name] for field in fields(Run)}): result for result in results}
 
 
@@ -256,15 +258,16 @@ def lengths(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
 
 
 def ablations(config: BenchmarkConfig, results: Results) -> Iterator[Run]:
-    """The best of a method, and the same with one thing changed; a longer warm-up may allow for twice the rate."""
+    """The best of a method, and the same with something changed; a longer warm-up may allow for twice the rate."""
     for seed in (0, 1):
         for method in ("AdamW, linear", "Muon"):
-            yield replace(best(config, results, method), seed=seed)
-        for method, change in sorted([*CHANGED_SETTINGS, *BEFORE_EACH_STEP], key=lambda changed: changed[0]):
-            changed = replace(best(config, results, method), change=change, seed=seed)
-            yield changed
-            if change == LONG_WARMUP:
-                yield replace(changed, max_lr=2 * changed.max_lr)
+            unchanged = replace(best(config, results, method), seed=seed)
+            yield unchanged
+            for of, change in (*CHANGED_SETTINGS, *BEFORE_EACH_STEP):
+                if of == method:
+                    yield replace(unchanged, change=change)
+                if of == method and change == LONG_WARMUP:
+                    yield replace(unchanged, change=change, max_lr=2 * unchanged.max_lr)
 
 
 def measure(config: BenchmarkConfig) -> Results:
@@ -301,15 +304,22 @@ def tokens_to_reach(loss: float, falling: dict[int, float]) -> float:
     return math.exp(np.interp(-loss, rising, np.log(list(falling)), left=math.nan, right=math.nan))
 
 
-def factor(run: Run, muon: Run, results: Results) -> float:
-    """How many times Muon's tokens a run took for its loss; NaN outside of Muon's curve.
+def factor(run: Run, muon: Run, results: Results) -> float | None:
+    """How many times Muon's tokens a run took for its loss; None outside of Muon's curve.
 
     Runs of one seed begin with the same weights and see the same batches. So with another seed than the curve's,
     the curve is shifted to Muon's own run of that seed.
     """
     middle = replace(muon, tokens=2 * muon.tokens)
     shift = results[replace(middle, seed=run.seed)]["val_loss"] - results[middle]["val_loss"]
-    return run.tokens / tokens_to_reach(results[run]["val_loss"] - shift, curve(muon, results))
+    tokens = tokens_to_reach(results[run]["val_loss"] - shift, curve(muon, results))
+    return None if math.isnan(tokens) else run.tokens / tokens
+
+
+def describe(run: Run, muon: Run, results: Results) -> str:
+    times = factor(run, muon, results)
+    compared = f"{times:.2f} times Muon's tokens" if times else "beyond Muon's curve"
+    return f"{run.tokens:,} tokens, seed {run.seed}: {results[run]['val_loss']}, {compared}"
 
 
 def report(config: BenchmarkConfig, results: Results) -> None:
@@ -319,25 +329,23 @@ def report(config: BenchmarkConfig, results: Results) -> None:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     runs = contestants(config, results)
+    curves = {name: curve(contestant, results) for name, contestant in runs.items()}
     figures: dict[str, dict] = {}
     for name, contestant in runs.items():
         seconds = results[contestant]["cpu_seconds_a_step"]
         print(f"{name}, max_lr {contestant.max_lr:g}, muon_lr {contestant.muon_lr:g}: {seconds} CPU seconds a step")
-        factors: dict[int, list[float]] = {}
-        for r in results:
-            if r == replace(contestant, tokens=r.tokens, seed=r.seed):
-                factors.setdefault(r.tokens, []).append(factor(r, runs["Muon"], results))
-                times = f"{factors[r.tokens][-1]:.2f} times Muon's tokens"
-                print(f"    {r.tokens:,} tokens, seed {r.seed}: {results[r]['val_loss']}, {times}")
-        for tokens, values in factors.items():
-            if len(values) > 1:
-                print(f"    {tokens:,} tokens: {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} times")
-        falling = curve(contestant, results)
-        axes.plot(list(falling), list(falling.values()), marker=".", label=name)
-        figures[name] = asdict(contestant) | {"val_loss": falling, "factors": factors}
+        own = [r for r in results if r == replace(contestant, tokens=r.tokens, seed=r.seed)]
+        for r in own:
+            print(f"    {describe(r, runs['Muon'], results)}")
+        factors = {tokens: factor(replace(contestant, tokens=tokens), runs["Muon"], results) for tokens in curves[name]}
+        spread = [factor(r, runs["Muon"], results) for r in own if r.tokens == 2 * config.tokens]
+        if name != "Muon" and len(spread) > 1 and all(spread):
+            mean, sd = statistics.mean(spread), statistics.stdev(spread)
+            print(f"    {2 * config.tokens:,} tokens, {len(spread)} seeds: {mean:.2f} ± {sd:.2f} times Muon's tokens")
+        axes.plot(list(curves[name]), list(curves[name].values()), marker=".", label=name)
+        figures[name] = asdict(contestant) | {"val_loss": curves[name], "factor": factors, "seeds": spread}
     for r in ablations(config, results):
-        how = f"{r.method}, max_lr {r.max_lr:g}, {r.change or 'as it is'}, seed {r.seed}"
-        print(f"{how}: {results[r]['val_loss']}")
+        print(f"{r.method}, max_lr {r.max_lr:g}, {r.change or 'as it is'}: {describe(r, runs['Muon'], results)}")
     axes.set(xscale="log", xlabel="tokens of the run", ylabel="validation loss (nats per token)")
     axes.legend()
     figure.savefig(Path(config.out).with_suffix(".png"))
@@ -349,6 +357,8 @@ def main(argv: list[str] | None = None) -> None:
     check_settings(config)
     if config.batch % config.block_size or config.n_embd % 64:
         raise UsageError("--batch must be a multiple of --block_size, and --n_embd of 64")
+    if config.tokens < 4 * config.batch:
+        raise UsageError("--tokens must be at least four times --batch, since Muon is run for a quarter of them too")
     open(config.out, "a").close()  # now, not after the first run, if it cannot be
     report(config, measure(config))
 

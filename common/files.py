@@ -10,7 +10,7 @@ import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from common.script import DataError, UsageError, escape
 
@@ -112,8 +112,9 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
     except Timeout:
         if not wait:
             holder = " on ".join(path.read_text().split()[:2]) or "not known"
-            remedy = f"if that has ended, delete {path}"
-            raise UsageError(f"{path.parent} is in use by another process ({holder}); {remedy}") from None
+            # filelock turns into a SoftFileLock on a disk without locks, where the file may outlive its process
+            remedy = f"; if that has ended, delete {path}" if isinstance(file_lock, SoftFileLock) else ""
+            raise UsageError(f"{path.parent} is in use by another process ({holder}){remedy}") from None
         print(f"waiting for another process that writes to {escape(str(path.parent))}", flush=True)
         file_lock.acquire()
     try:

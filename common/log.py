@@ -18,19 +18,24 @@ from common.reference import Comparison
 from common.script import DataError
 
 
-def read_log(directory: Path, skip_damaged: bool = False) -> list[dict]:
-    """The records of a run's log; raises DataError for a damaged line, but for a last one that was cut off."""
+def read_log(directory: Path, until: float = math.inf) -> list[dict]:
+    """The records of a run's log; raises DataError for a damaged line that a record of a step up to `until` follows.
+
+    So by default a last line that was cut off is passed over.
+    """
     path = directory / "log.jsonl"
     if not path.is_file():
         raise DataError(f"{directory} holds no run: there is no {path.name}")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
+    records, damaged = [], 0
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            records.append(read_record(line))
+            record = read_record(line)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            if number < len(lines) and not skip_damaged:
-                raise DataError(f"{path}, line {number}, is damaged: delete the line") from None
+            damaged = damaged or number
+            continue
+        if damaged and record["step"] <= until:
+            raise DataError(f"{path}, line {damaged}, is damaged: delete the line")
+        records.append(record)
     return records
 
 
@@ -56,8 +61,8 @@ class Log:
         """Begin at a step, 0 or a checkpoint's: drop what lies past it, and its evaluation if that will be redone."""
         if not self.enabled:
             return
-        # a power cut may leave a hole past the checkpoint, with which the log was flushed
-        records = read_log(self.path.parent, skip_damaged=True) if step and self.path.exists() else []
+        # a power cut may leave a hole behind the checkpoint, before which the log was flushed
+        records = read_log(self.path.parent, until=step) if step and self.path.exists() else []
         last = step - 1 if redo_evaluation else step
         kept = [r for r in records if r["step"] <= last or (r["step"] == step and ("loss" in r or "seconds" in r))]
         run = next((r["run"] for r in kept if "run" in r), uuid.uuid4().hex)

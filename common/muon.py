@@ -16,15 +16,14 @@ from common.sharding import divide_like, gather
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the groups that have a `momentum`, AdamW for the others.
 
-    The arithmetic is torch.optim.Muon's, which does not split a matrix that holds several (c_attn: query, key, value),
-    repeats its work on every process, and is slow where bf16 is emulated, for which there is fp32 here. The matrices
-    of a group are of one shape, and each holds `parts` matrices, one above the other.
+    Computes what torch.optim.Muon does, but splits a matrix that holds several (c_attn), divides the work among the
+    processes, and uses fp32 where bf16 is emulated. A group's matrices have one shape, and each holds `parts` of them.
     """
 
     def __init__(self, groups: list[dict[str, Any]], world: World, **defaults: Any) -> None:
         super().__init__(groups, **defaults)
         self.world = world
-        self.dtype = torch.bfloat16 if has_bfloat16(world.device) else torch.float32
+        self.dtype = torch.float32 if world.any_rank(not has_bfloat16(world.device)) else torch.bfloat16
 
     @torch.no_grad()
     def step(self) -> None:
@@ -58,6 +57,8 @@ class Muon(torch.optim.AdamW):
 
 def orthogonalize_across_processes(matrices: Tensor, world: World) -> Tensor:
     """The matrices (N, rows, columns) made orthogonal, each process doing its share."""
+    if world.size == 1:
+        return orthogonalized(matrices)
     own = slice(world.rank, None, world.size)
     updates = torch.zeros_like(matrices)
     updates[own] = orthogonalized(matrices[own])

@@ -97,10 +97,11 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
         yield World(rank, size, device, local_rank)
     except RuntimeError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if re.search("timed out|timeout|connection|peer", reason, re.IGNORECASE):
+        if re.search("timed out|timeout|connect|peer", reason, re.IGNORECASE):
             lost = f"another process ended, or did not answer within --timeout {timeout} s"
-            several = "; on several machines, GLOO_SOCKET_IFNAME may be needed (docs/operations.md)"
-            raise DataError(f"{lost}: {reason}{several if size > local_size else ''}") from None
+            unset = size > local_size and not dist.is_initialized()
+            remedy = "; GLOO_SOCKET_IFNAME may be needed (docs/operations.md)" if unset else ""
+            raise DataError(f"{lost}: {reason}{remedy}") from None
         raise
     dist.destroy_process_group()  # not after an error: the others may wait in a collective, and torchrun ends them
 

@@ -4,8 +4,10 @@ import errno
 import functools
 import json
 import os
+import platform
 import resource
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,10 +282,29 @@ def test_a_run_that_has_gone_further_than_max_steps_is_finished(tmp_path, monkey
 
 def test_a_directory_in_use_is_refused_and_the_process_that_holds_it_named(tmp_path):
     with claim(tmp_path / "log"):
-        with pytest.raises(UsageError, match=rf"log is in use by another process \({os.getpid()} on "):
+        with pytest.raises(UsageError, match=rf"log is in use by another process \({os.getpid()} on [^;]*$"):
             train(quick_config())
     train(quick_config(max_steps=1))
     assert not list((tmp_path / "log").glob(".*"))
+
+
+def test_on_a_disk_without_locks_a_claim_outlives_its_process_only_until_the_next_start(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / ".lock").write_text(f"{ended.pid}\n{platform.node()}\n")
+    with claim(tmp_path / "log"):
+        with pytest.raises(UsageError, match=rf"process \({os.getpid()} on .*; if that has ended, delete"):
+            with claim(tmp_path / "log"):
+                pass
+    (tmp_path / "log" / ".lock").write_text("4711\nanother-machine\n")
+    with pytest.raises(UsageError, match=r"\(4711 on another-machine\); if that has ended, delete .*\.lock"):
+        with claim(tmp_path / "log"):
+            pass
 
 
 # ---- what must match -------------------------------------------------------------------------------------------------

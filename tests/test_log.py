@@ -109,8 +109,12 @@ def test_a_hole_past_the_checkpoint_does_not_keep_a_run_from_resuming(tmp_path):
     write_steps(open_log(tmp_path), range(7))
     lines = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "log.jsonl").write_bytes(b"".join([*lines[:-3], b"\0" * 4096, *lines[-2:]]))
+    before_it = [lines[0], b"\0" * 4096, *lines[2:]]
     open_log(tmp_path, step=4)
     assert values(tmp_path, "loss") == {step: 10.0 - step for step in (1, 2, 3, 4)}
+    (tmp_path / "log.jsonl").write_bytes(b"".join(before_it))
+    with pytest.raises(DataError, match="line 2, is damaged"):
+        open_log(tmp_path, step=4)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "directory"])

@@ -316,6 +316,8 @@ def test_a_decay_longer_than_the_run_is_refused(shards):
 
 # ---- the benchmark of recipes ----------------------------------------------------------------------------------------
 
+LONGER_RUNS = ((2, 0), (2, 1), (2, 2), (4, 0))  # multiples of --tokens, seeds
+
 
 def test_the_benchmark_of_recipes_brackets_the_best_rates_and_runs_nothing_twice(monkeypatch, capsys):
     trained = []
@@ -341,9 +343,17 @@ def test_the_benchmark_of_recipes_brackets_the_best_rates_and_runs_nothing_twice
     }
     for name in benchmark.METHODS:  # a tenth of a nat for each doubling of the tokens
         excess = best[name]["val_loss"][str(2**22)] - best["Muon"]["val_loss"][str(2**22)]
-        assert best[name]["factors"][str(2**22)] == pytest.approx([2 ** (10 * excess)] * 3)
-    assert all(map(math.isnan, best["AdamW, recipe"]["factors"][str(2**22)]))  # beyond Muon's curve
-    assert len(trained) == len(set(trained)) and {r.seed for r in trained} == {0, 1, 2}
+        assert best[name]["seeds"] == pytest.approx([2 ** (10 * excess)] * 3)
+        assert best[name]["factor"][str(2**22)] == best[name]["seeds"][0]
+    assert best["AdamW, recipe"]["factor"][str(2**22)] is None  # beyond Muon's curve
+    assert len(trained) == len(set(trained))
+    unswept = {(r.method, r.change, r.tokens / 2**21, r.seed) for r in trained if r.tokens != 2**21 or r.seed}
+    changes = {*benchmark.CHANGED_SETTINGS, *benchmark.BEFORE_EACH_STEP}
+    longer = {(method, "", multiple, seed) for method in benchmark.METHODS for multiple, seed in LONGER_RUNS}
+    again = {(method, change, 1, 1) for method, change in changes | {("Muon", ""), ("AdamW, linear", "")}}
+    assert unswept == longer | again | {("Muon", "", 0.5, 0), ("Muon", "", 0.25, 0)}
+    assert {(r.method, r.change) for r in trained if r.change and not r.seed} == changes
+    assert {r.max_lr for r in trained if r.change == benchmark.LONG_WARMUP} == {6e-4, 1.2e-3}
     trained.clear()
     lines = Path("results.jsonl").read_text().splitlines()
     Path("results.jsonl").write_text("".join(line + "\n" for line in lines[:-1]))
@@ -352,6 +362,21 @@ def test_the_benchmark_of_recipes_brackets_the_best_rates_and_runs_nothing_twice
     monkeypatch.setattr(benchmark, "setting", lambda config: {"n_layer": config.n_layer})
     with pytest.raises(DataError, match=r"--out results\.jsonl holds results of other sizes"):
         benchmark.main(["--out", "results.jsonl"])
+    Path("results.jsonl").write_text(lines[0][:20])
+    with pytest.raises(DataError, match=r"--out results\.jsonl has a line that was cut off"):
+        benchmark.main(["--out", "results.jsonl"])
+
+
+def test_results_of_other_data_or_another_type_are_not_mixed(make_shards, monkeypatch):
+    config = benchmark.BenchmarkConfig(data_dir=str(make_shards()), tokens=32, batch=8, block_size=8)
+    before = benchmark.setting(config)
+    assert benchmark.setting(replace(config, tokens=64)) == before
+    monkeypatch.setattr(benchmark, "auto_dtype", lambda device: "float16")
+    assert benchmark.setting(config) != before
+    other = make_shards(shard_size=2000, name="other")
+    assert benchmark.setting(replace(config, data_dir=str(other)))["shards"] != before["shards"]
+    with pytest.raises(UsageError, match="too few train tokens"):
+        benchmark.setting(replace(config, tokens=10**6))
 
 
 def test_the_distance_between_curves_is_interpolated_in_the_logarithm():
