@@ -353,7 +353,6 @@ def test_the_benchmark_of_recipes_brackets_the_best_rates_and_runs_nothing_twice
     again = {(method, change, 1, 1) for method, change in changes | {("Muon", ""), ("AdamW, linear", "")}}
     assert unswept == longer | again | {("Muon", "", 0.5, 0), ("Muon", "", 0.25, 0)}
     assert {(r.method, r.change) for r in trained if r.change and not r.seed} == changes
-    assert {r.max_lr for r in trained if r.change == benchmark.LONG_WARMUP} == {6e-4, 1.2e-3}
     trained.clear()
     lines = Path("results.jsonl").read_text().splitlines()
     Path("results.jsonl").write_text("".join(line + "\n" for line in lines[:-1]))
