@@ -51,9 +51,7 @@ def download(path: Path = FILE) -> Path:
     """Fetch the official validation set unless it is there; raises DataError if that fails."""
     try:
         if not path.is_file():
-            with lock(path.absolute().with_name(f"{path.name}.lock")):
-                if not path.is_file():  # another process may have fetched it meanwhile
-                    fetch(path)
+            fetch(path)
     except (OSError, HTTPException) as error:
         raise DataError(f"cannot download {URL} ({error}): give a local copy with --data FILE") from None
     if sha256(path) != SHA256:
@@ -62,11 +60,14 @@ def download(path: Path = FILE) -> Path:
 
 
 def fetch(path: Path) -> None:
-    """Download the file, or raise OSError or HTTPException and leave nothing."""
-    with atomic_write(path) as temporary, urllib.request.urlopen(URL, timeout=30) as response:
-        temporary.write_bytes(response.read())
-        if sha256(temporary) != SHA256:
-            raise OSError("SHA-256 mismatch")
+    """Download the file, or raise OSError or HTTPException and leave nothing; of several processes, one downloads."""
+    with lock(path.absolute().with_name(f"{path.name}.lock")):
+        if path.is_file():
+            return
+        with atomic_write(path) as temporary, urllib.request.urlopen(URL, timeout=30) as response:
+            temporary.write_bytes(response.read())
+            if sha256(temporary) != SHA256:
+                raise OSError("SHA-256 mismatch")
 
 
 @dataclass(frozen=True)
