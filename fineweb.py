@@ -39,6 +39,7 @@ from common.tokenizer import END_OF_TEXT, VOCABULARY, encoding, utf8
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
+DOWNLOADS = ".downloads"
 BATCH_BYTES = 1 << 25
 RELOAD_EVERY = 256  # batches; gigatoken remembers every word that it has seen, so it is loaded anew now and then
 WHITE_BLOCK = 250_000  # characters; tiktoken fails at a million of white space in a row, which fill at least one block
@@ -106,7 +107,7 @@ def list_files(config: FinewebConfig) -> list[str]:
 
 def download_dir(config: FinewebConfig) -> Path | None:
     """Where files of the Hub lie until their documents are in shards; None if there are none, or they are to stay."""
-    return None if config.sample or config.input or config.keep_downloads else config.directory / ".downloads"
+    return None if config.sample or config.input or config.keep_downloads else config.directory / DOWNLOADS
 
 
 def read_file(config: FinewebConfig, name: str) -> Iterable[bytes]:
@@ -401,11 +402,12 @@ def build(config: FinewebConfig) -> dict:
     make_directory(config.directory)
     try:
         with lock(config.directory / ".lock"):
-            manifest = open_manifest(config, identity)
+            manifest, downloads = open_manifest(config, identity), config.directory / DOWNLOADS
+            for partial in downloads.rglob("*.incomplete"):  # of a run that was killed, and never taken up again
+                partial.unlink(missing_ok=True)
             if not manifest["complete"]:
                 write_shards(config, manifest)
-            if directory := download_dir(config):
-                shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(downloads, ignore_errors=True)
     except OSError as error:
         remedy = "finished shards are intact; fix the cause, and run the same command again"
         raise DataError(f"cannot build {config.directory} ({error}): {remedy}") from None

@@ -64,7 +64,7 @@ def fetch(path: Path) -> None:
     with lock(path.absolute().with_name(f"{path.name}.lock")):
         if path.is_file():
             return
-        with atomic_write(path) as temporary, urllib.request.urlopen(URL, timeout=30) as response:
+        with atomic_write(path) as temporary, urllib.request.urlopen(URL, timeout=10) as response:
             temporary.write_bytes(response.read())
             if sha256(temporary) != SHA256:
                 raise OSError("SHA-256 mismatch")

@@ -148,7 +148,7 @@ def default_config(flags: TrainConfig) -> TrainConfig:
     """The recipe of the size that is asked for, or of the run that is resumed with what must match on resuming."""
     saved = checkpoint.saved_settings(Path(flags.out_dir)) if flags.resume else {}
     if isinstance(saved.get("model"), str) and saved["model"] in RECIPES:
-        names = [name for name in [*MUST_MATCH, "max_steps", "data_dir"] if name in saved]
+        names = [name for name in [*MUST_MATCH, "max_steps", "data_dir", "keep", "milestone_every"] if name in saved]
         begun = recipe(saved["model"], saved.get("optimizer", "adamw"))
         settings = replace(begun, **{name: saved[name] for name in names})
         script.check_settings(settings)  # a trainer.json that was altered may hold any
@@ -231,13 +231,6 @@ def validate(config: TrainConfig, sizes: GPTConfig, processes: int) -> None:
         raise UsageError(f"--min_lr {config.min_lr} is more than --max_lr {config.max_lr}")
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise UsageError(f"--tracker {config.tracker} is not installed: pip install {config.tracker}")
-
-
-def network_sizes(config: TrainConfig, directory: Path | None) -> GPTConfig:
-    """The sizes of the network in a checkpoint that is resumed, else of --init_from, else of --model."""
-    if directory:
-        return read_config(directory)
-    return read_config(checkpoint.locate(config.init_from)) if config.init_from else PRESETS[config.model]
 
 
 def refuse_changes(saved: dict, config: TrainConfig) -> None:

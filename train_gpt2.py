@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from common.batches import Batch, Batches
 from common.checkpoint import Snapshot, TrainingState
 from common.device import device_name, explain_out_of_memory, keep_freed_memory, peak_flops
 from common.files import claim
-from common.huggingface import load_gpt, read_gpt
+from common.huggingface import load_gpt, read_config, read_gpt
 from common.log import Clock, Log, Tracker
 from common.muon import Muon
 from common.prefetch import prefetch
@@ -46,7 +45,7 @@ from common.script import DataError, UsageError
 from common.sharding import gather, gather_gpt, settle_gradients, wrap
 from common.shards import SAMPLE_DATA, Shard, Shards, load_manifest, open_shards
 from common.tokenizer import END_OF_TEXT, decode, encode
-from model import GPT, GPTConfig
+from model import GPT, PRESETS, GPTConfig
 from recipes import TrainConfig, batch_tokens, learning_rate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -68,8 +67,7 @@ def load_shards(config: TrainConfig, world: World) -> Shards:
         fineweb.build(fineweb.FinewebConfig(sample=True, encoder="tiktoken", workers=1))
     world.barrier()  # until they are built
     shards = open_shards(directory)
-    number = int(shards.digest[:14], 16)
-    if world.any_rank(number != world.broadcast(number)):
+    if not world.agree(repr(shards.identity)):
         raise DataError(f"--data_dir {directory} does not hold the same shards on every machine")
     if len(shards.val) <= config.block_size:
         raise UsageError(f"--data_dir {directory} has too few val tokens for one row: lower --block_size")
@@ -162,16 +160,17 @@ def training_step(trainer: Trainer, micro_batches: Tensor) -> tuple[float, float
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     loss = accumulate_gradients(trainer, micro_batches.to(world.device))
-    loss = float(world.sum(loss) / world.size)
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.gpt.parameters(), config.grad_clip or math.inf)
-    norm = float(gather(norm, world.device))
-    if world.any_rank(not math.isfinite(loss) or not math.isfinite(norm)):
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-    else:
+    # the norm is the same on all, but what is not finite on one process shall be so on all
+    sums = world.sum(torch.stack([loss, gather(norm, world.device)]))
+    loss, norm = (sums / world.size).tolist()  # the step's only wait for a GPU
+    if math.isfinite(loss) and math.isfinite(norm):
         state.skipped_in_a_row = 0
         state.optimizer.step()
+    else:
+        state.skipped += 1
+        state.skipped_in_a_row += 1
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=world.size == 1)  # under DDP, gradients stay views of its buckets
     state.step += 1
@@ -194,13 +193,15 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Tensor) -> Tensor:
 @contextlib.contextmanager
 def attention_backend(config: TrainConfig, device: torch.device, masked: bool = False) -> Iterator[None]:
     """Enable --attention's backend alone; for masks and single queries, which not all support on a GPU, math too."""
-    if config.attention == "auto":
+    fallback = [SDPBackend.MATH] if masked and device.type == "cuda" else []
+    if config.attention == "auto" and not fallback:
         yield
         return
+    # not cuDNN: it prepares a plan for each new shape, of which HellaSwag and samples have hundreds
+    names = ["flash", "efficient"] if config.attention == "auto" else [config.attention]
     # without a tag, torch's cache would take a model that was compiled for another backend
     cache_tag = torch.compiler.config.patch(cache_key_tag=f"attention {config.attention}")
-    fallback = [SDPBackend.MATH] if masked and device.type == "cuda" else []
-    with cache_tag, sdpa_kernel([ATTENTION[config.attention], *fallback]):
+    with cache_tag, sdpa_kernel([ATTENTION[name] for name in names] + fallback):
         q = torch.zeros(1, 1, 8, 64, dtype=DTYPES[config.dtype], device=device)  # (B, H, T, D)
         try:
             F.scaled_dot_product_attention(q, q, q, is_causal=True)
@@ -336,11 +337,15 @@ def complete_config(config: TrainConfig, world: World, directory: Path | None) -
     """The settings with all defaults filled in, and the network's sizes; raises UsageError if they do not fit."""
     script.check_settings(config)
     config = replace(config, model=config.model or recipes.default_model(world.device))
-    sizes = recipes.network_sizes(config, directory)
+    source = directory or (config.init_from and checkpoint.locate(config.init_from))
+    sizes = read_config(source) if source else PRESETS[config.model]
     config = recipes.fill_defaults(config, world.device, sizes)
     if directory:
         recipes.refuse_changes(checkpoint.read_record(directory)["config"], config)
     recipes.validate(config, sizes, world.size)
+    for name, value in asdict(config).items():
+        if name not in ("data_dir", "out_dir") and not world.agree(repr(value)):
+            raise UsageError(f"--{name} is not the same on all machines, here {value}: give all the same flags")
     return config, sizes
 
 
@@ -373,11 +378,10 @@ def resume_run(config: TrainConfig, world: World, directory: Path, shards: Shard
 def open_log(trainer: Trainer, shards: Shards, clock: Clock) -> Log:
     """The run's log, which begins with what this process group is."""
     config, world, step, out_dir = trainer.config, trainer.world, trainer.state.step, Path(trainer.config.out_dir)
-    tracker = Tracker(config.tracker if world.is_main else "none", out_dir, asdict(config), step)
+    tracker = Tracker(config.tracker if world.is_main else "none", out_dir, asdict(config))
     log = Log(out_dir, tracker, Comparison(config, shards), clock, enabled=world.is_main)
     redo = any(is_due(getattr(config, evaluation.every), step) for evaluation in EVALUATIONS)
-    about = {"processes": world.size, "unigram_loss": shards.unigram_loss, "reference": log.comparison.applies}
-    log.start(step, redo, **about)
+    log.start(step, redo, processes=world.size, unigram_loss=shards.unigram_loss, reference=log.comparison.applies)
     return log
 
 
@@ -393,9 +397,8 @@ def write_checkpoint(trainer: Trainer, snapshot: Snapshot, log: Log, shards: Sha
     config, state, out_dir = trainer.config, trainer.state, Path(trainer.config.out_dir)
     log.flush()
     record = {"config": asdict(config), "data": shards.identity}
-    card = checkpoint.model_card(
-        state, config.init_from, config.max_steps, shards.source or {"shards": config.data_dir}
-    )
+    source = shards.source or {"shards": config.data_dir}
+    card = checkpoint.model_card(state, config.init_from, config.max_steps, source)
     try:
         checkpoint.save_checkpoint(out_dir, snapshot, record, card)
     except OSError as error:
@@ -440,11 +443,11 @@ def log_step(
     rate, peak = tokens / seconds, peak_flops(trainer.world.device)
     mfu = rate * state.gpt.flops_per_token() / (peak * trainer.world.size) if peak else None
     lr = state.optimizer.param_groups[0]["lr"]
-    left = timedelta(seconds=round(seconds * (config.max_steps - state.step)))
+    hours_left = seconds * (config.max_steps - state.step) / 3600
     log.write(
         f"step {state.step:5d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | "
         f"{1000 * seconds:.0f} ms | {rate:,.0f} tokens/s | MFU {'n/a' if mfu is None else f'{mfu:.1%}'} | "
-        f"{left} left" + (f" | {state.skipped} skipped" if state.skipped else ""),
+        f"{hours_left:.2f} h left" + (f" | {state.skipped} skipped" if state.skipped else ""),
         step=state.step,
         loss=loss,
         lr=lr,
@@ -520,7 +523,7 @@ def train(config: TrainConfig) -> None:
         log = open_log(trainer, shards, clock)
         while True:
             finished = state.step >= config.max_steps
-            stopping = world.any_rank(signals) and not finished
+            stopping = world.any_rank(signals, world.device) and not finished
             if not stopping:  # a run that is stopped makes up for it on resuming
                 evaluate(trainer, data, log, finished)
             due = is_due(config.save_every, state.step) or is_due(config.milestone_every, state.step)
@@ -531,7 +534,7 @@ def train(config: TrainConfig) -> None:
             with clock.measure("steps"):
                 take_step(trainer, log, batches)
             stop_if_diverged(trainer)
-        log.write(f"step {state.step:5d} | {clock.summary()}", step=state.step, seconds=clock.seconds)
+        log.write(f"step {state.step:5d} | {clock.summary()}", step=state.step, seconds=clock.seconds())
         log.close(finished)
         world.barrier()  # for the main process to save
         how = f"finished: {config.out_dir}/step_{state.step:06d}"

@@ -49,8 +49,8 @@ class Memory:
         return int(max(0, 0.9e9 * gigabytes - self.fixed_bytes) // self.bytes_per_row)
 
 
-def kept_bytes(sizes: GPTConfig, batch_size: int, recompute: bool) -> int:
-    """The bytes of the tensors, other than parameters, that a compiled forward pass keeps for the backward pass."""
+def kept_bytes(sizes: GPTConfig, recompute: bool) -> int:
+    """The bytes of the tensors, but for parameters, that a compiled pass over a row keeps for the backward pass."""
     torch.compiler.reset()
     gpt = GPT(sizes)
     if recompute:
@@ -66,7 +66,7 @@ def kept_bytes(sizes: GPTConfig, batch_size: int, recompute: bool) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    rows = torch.randint(N_TOKENS, (batch_size, sizes.block_size + 1))
+    rows = torch.randint(N_TOKENS, (1, sizes.block_size + 1))
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(rows[:, :-1], rows[:, 1:])
     assert loss.requires_grad  # and so keeps the tensors: no two were at one address
@@ -85,8 +85,10 @@ def predict(sizes: GPTConfig, recompute: bool = False) -> Memory:
 
 
 def kept_by_rows(sizes: GPTConfig, recompute: bool) -> Memory:
-    one, two = (kept_bytes(sizes, batch_size, recompute) for batch_size in (1, 2))
-    return Memory(fixed_bytes=2 * one - two, bytes_per_row=two - one)
+    """The fixed bytes and those of a row, which are in proportion to its tokens: from two shorter rows."""
+    T = min(128, sizes.block_size // 2)
+    short, long = (kept_bytes(replace(sizes, block_size=tokens), recompute) for tokens in (T, 2 * T))
+    return Memory(fixed_bytes=2 * short - long, bytes_per_row=(long - short) * sizes.block_size // T)
 
 
 def parameters(sizes: GPTConfig) -> int:

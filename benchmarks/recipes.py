@@ -10,6 +10,7 @@ four times the tokens (Muon of half and a quarter of them too), each with a sche
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -183,7 +184,8 @@ def setting(config: BenchmarkConfig) -> dict:
         longest = f"the longest run ({4 * config.tokens:,})"
         raise UsageError(f"--data_dir {config.data_dir} has too few train tokens for {longest}: lower --tokens")
     names = ("batch", "vocabulary", "n_layer", "n_embd", "block_size")
-    return {name: getattr(config, name) for name in names} | {"dtype": auto_dtype(CPU), "shards": shards.digest}
+    digest = hashlib.sha256(json.dumps(shards.identity).encode()).hexdigest()
+    return {name: getattr(config, name) for name in names} | {"dtype": auto_dtype(CPU), "shards": digest}
 
 
 def train_config(config: BenchmarkConfig, training: Run, sizes: GPTConfig) -> TrainConfig:

@@ -53,13 +53,16 @@ def matrix_product(device: torch.device, dtype: torch.dtype) -> float:
 
 def attention_seconds(config: TrainConfig, device: torch.device) -> dict[str, float]:
     """One layer's attention over a micro-batch, forward and backward, by each backend that the device has room for."""
-    sizes, seconds = PRESETS[config.model], {}
-    shape = (config.batch_size, sizes.n_head, config.block_size, sizes.n_embd // sizes.n_head)  # (B, H, T, D)
-    q, k, v = (torch.randn(shape, device=device).to(DTYPES[config.dtype]).requires_grad_() for _ in range(3))
+    B, T, C, H = config.batch_size, config.block_size, PRESETS[config.model].n_embd, PRESETS[config.model].n_head
+    qkv = torch.randn(B, T, 3 * C, device=device).to(DTYPES[config.dtype]).requires_grad_()  # in memory as in model.py
+    upstream = torch.randn(B, T, C, device=device).to(DTYPES[config.dtype])
+    seconds = {}
 
     def attend() -> float:
-        F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
-        return q.grad[0, 0, 0, 0].item()  # waits for the device
+        q, k, v = (x.view(B, T, H, C // H).transpose(1, 2) for x in qkv.split(C, dim=2))  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+        (gradient,) = torch.autograd.grad(y, qkv, upstream)
+        return gradient[0, 0, 0].item()  # waits for the device
 
     for name in ("auto", *ATTENTION):
         with contextlib.suppress(UsageError, torch.OutOfMemoryError):
@@ -116,9 +119,12 @@ def each_way(config: TrainConfig, world: World, tokens: Shard) -> Iterator[tuple
     ways = [(False, True), (True, True), (True, False)] if config.compile else [(False, True)]
     for compile, split in ways[:2] if world.size == 1 else ways:
         way, counters = replace(config, compile=compile), torch._dynamo.utils.counters["aot_autograd"]
+        # alone first: where one process lacks memory in the midst of a step, the others wait for it
+        alone, known = replace(world, rank=0, size=1), world.size == 1 or compile == config.compile  # by batch_sizes
+        fits = known or min(on_ranks(world, tokens_per_second(way, alone, tokens))) > 0
         before = counters["total"]
         with torch._dynamo.config.patch(optimize_ddp=split):  # neither this nor the counters have a public name
-            rate = tokens_per_second(way, world, tokens)
+            rate = tokens_per_second(way, world, tokens) if fits else 0.0
         yield way, split, min(on_ranks(world, rate)), counters["total"] - before
 
 
@@ -160,7 +166,7 @@ def seconds_once(config: TrainConfig, world: World, tokens: Shard, directory: Pa
     seconds = {
         "validation": validation * config.val_tokens / val_tokens,
         "HellaSwag": scoring * HELLASWAG_QUESTIONS / len(questions) / world.size,
-        "samples": median_seconds(write, times=1, warmup=0),
+        "samples": median_seconds(write, times=1, warmup=1),
         "saving": median_seconds(lambda: save(trainer, directory), times=1, warmup=0),
     }
     world.barrier()

@@ -171,30 +171,24 @@ def source_entry(value: str | list[list[str]]) -> str:
 
 
 def newest_checkpoint(out_dir: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that is whole, and what is wrong with those that are newer."""
+    """The newest checkpoint that has all that resuming needs, and what is wrong with those that are newer."""
     errors = {}
     for directory in checkpoints(out_dir).values():
-        error = checkpoint_error(directory)
-        if error is None:
-            return directory, errors
-        errors[directory] = error
+        try:
+            changed = changed_files(directory, NEEDED)
+            if not changed:
+                return directory, errors
+            errors[directory] = f"{', '.join(changed)} changed since it was written"
+        except (DataError, OSError) as error:  # of a damaged manifest, or a disk that cannot be read
+            errors[directory] = str(error)
     return None, errors
-
-
-def checkpoint_error(directory: Path) -> str | None:
-    """Why a run cannot be resumed from a checkpoint, if it cannot; a changed model card is no damage."""
-    try:
-        changed = changed_files(directory, NEEDED)
-    except (DataError, OSError) as error:  # of a damaged manifest, or a disk that cannot be read
-        return str(error)
-    return f"{', '.join(changed)} changed since it was written" if changed else None
 
 
 def find_checkpoint(out_dir: Path, resume: bool, world: World) -> Path | None:
     """The checkpoint to resume from, the same on all ranks, or None to begin; sets newer, damaged ones aside.
 
-    Raises UsageError if a run would be overwritten, DataError if all checkpoints are damaged, or where a process
-    does not see the one that the main process chose.
+    Raises UsageError if a run would be overwritten, DataError if all checkpoints are damaged, or where processes do
+    not see the same ones.
     """
     if world.is_main and not resume and (checkpoints(out_dir) or (out_dir / "log.jsonl").exists()):
         raise UsageError(f"--out_dir {out_dir} holds a run: continue it with --resume, or choose another directory")
@@ -203,19 +197,16 @@ def find_checkpoint(out_dir: Path, resume: bool, world: World) -> Path | None:
         raise DataError(f"no checkpoint in --out_dir {out_dir} is whole: choose another directory to start anew")
     for directory, error in errors.items():
         print(f"passing over the checkpoint {directory}: {error}", flush=True)
-        set_aside(directory)
+        damaged = directory.with_name(f"{directory.name}.damaged")  # no longer resumed from, or counted among `keep`
+        shutil.rmtree(damaged, ignore_errors=True)
+        os.replace(directory, damaged)
     step = world.broadcast(int(newest.name[5:]) if newest else -1)
     directory = out_dir / f"step_{step:06d}" if step >= 0 else None
     if world.any_rank(directory and not directory.is_dir()):
         raise DataError(f"--out_dir {out_dir} must be on a disk that all machines share: not all see {directory}")
+    if world.any_rank(resume and step < 0 and checkpoints(out_dir)):
+        raise DataError(f"--out_dir {out_dir} must be on a disk that all machines share: the main process sees no run")
     return directory
-
-
-def set_aside(directory: Path) -> None:
-    """Rename a damaged checkpoint, so that it is neither resumed from nor counted as one to keep."""
-    damaged = directory.with_name(f"{directory.name}.damaged")
-    shutil.rmtree(damaged, ignore_errors=True)
-    os.replace(directory, damaged)
 
 
 def saved_settings(out_dir: Path) -> dict:

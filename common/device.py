@@ -15,7 +15,7 @@ import torch
 
 from common.script import UsageError
 
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+NVIDIA_DRIVER, DEVICES = Path("/proc/driver/nvidia/version"), Path("/dev")
 DRIVER_FOR_CUDA = {"12": "525", "13": "580"}  # by NVIDIA's table of minor version compatibility
 OLDER_CUDA = "install torch's cu126 wheels (see pytorch.org), which serve older drivers and GPUs"
 
@@ -48,7 +48,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 def require_usable_gpu() -> None:
     """Raise UsageError where an NVIDIA GPU would silently not be used: its driver, or itself, is too old for torch."""
-    if not NVIDIA_DRIVER.exists():
+    if not NVIDIA_DRIVER.exists() or not any(DEVICES.glob("nvidia[0-9]*")):  # a container may see the driver alone
         return
     driver = re.search(r"\d+\.[\d.]+", NVIDIA_DRIVER.read_text())
     found = f"an NVIDIA driver {driver[0] if driver else ''} is loaded, but torch {torch.__version__}"

@@ -104,7 +104,7 @@ def is_unchanged(path: Path, digest: object) -> bool:
 def lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock file `path`; the system releases it when the process ends, however that happens.
 
-    If another process holds it, wait, with a notice, or raise UsageError.
+    If another process holds it, wait, with a notice, or raise UsageError, as where the disk does not take a lock.
     """
     file_lock = FileLock(path)
     try:
@@ -117,6 +117,8 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
             raise UsageError(f"{path.parent} is in use by another process ({holder}){remedy}") from None
         print(f"waiting for another process that writes to {escape(str(path.parent))}", flush=True)
         file_lock.acquire()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be locked ({error.strerror}): choose another directory") from None
     try:
         with contextlib.suppress(OSError):  # a full disk, on which the holder cannot be named
             if not path.read_text():  # else filelock, where the disk has no locks, has written the same

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from common.script import DataError
 
 MODEL_FILES = ["config.json", "model*.safetensors", "vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json"]
 LOCAL_FILES = "give local files with --input"
+RETRY_SECONDS = (10, 60, 300)  # pauses after which a download that failed is tried again
 
 
 def list_train_files(dataset: str, name: str, revision: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -27,6 +31,8 @@ def list_train_files(dataset: str, name: str, revision: str, suffixes: tuple[str
     huggingface_hub.utils.disable_progress_bars()
     with explain_errors(f"list the train files of --dataset {dataset} --name {name}", LOCAL_FILES):
         builder = datasets.load_dataset_builder(dataset, name, revision=revision)
+        if builder.config.data_files is None:  # of a data set that is in the library's cache
+            raise ValueError("the Hub cannot be reached")
         urls = builder.config.data_files["train"]
     paths = [str(url).partition(f"@{revision}/")[2] for url in urls]
     for path in paths:
@@ -37,14 +43,25 @@ def list_train_files(dataset: str, name: str, revision: str, suffixes: tuple[str
 
 def fetch_file(dataset: str, path: str, revision: str, directory: Path | None) -> Path:
     """Download a file into a directory, or, if that is None, into the library's cache, unless it is there."""
+    print(f"downloading {path}", flush=True)
+    with explain_errors(f"download {path} of --dataset {dataset}", LOCAL_FILES):
+        for pause in RETRY_SECONDS:
+            try:
+                return try_to_fetch(dataset, path, revision, directory)
+            except Exception as error:
+                print(f"trying again in {pause} s: {path} did not come: {reason(error)}", flush=True)
+                time.sleep(pause)
+        return try_to_fetch(dataset, path, revision, directory)
+
+
+def try_to_fetch(dataset: str, path: str, revision: str, directory: Path | None) -> Path:
     from huggingface_hub import HfFileSystem, hf_hub_download
 
-    with explain_errors(f"download {path} of --dataset {dataset}", LOCAL_FILES):
-        file = Path(hf_hub_download(dataset, path, repo_type="dataset", revision=revision, local_dir=directory))
-        listed = HfFileSystem().info(f"datasets/{dataset}@{revision}/{path}").get("lfs")
-        if listed and sha256(file) != listed["sha256"]:
-            file.resolve().unlink()  # in the cache it is a link
-            raise ValueError("SHA-256 mismatch")
+    file = Path(hf_hub_download(dataset, path, repo_type="dataset", revision=revision, local_dir=directory))
+    listed = HfFileSystem().info(f"datasets/{dataset}@{revision}/{path}").get("lfs")
+    if listed and sha256(file) != listed["sha256"]:
+        file.resolve().unlink()  # in the cache it is a link
+        raise ValueError("SHA-256 mismatch")
     return file
 
 
@@ -59,10 +76,11 @@ def fetch_model(name: str) -> Path:
         disable_progress_bars()
     with explain_errors(f"find {name} on the Hub, nor a local directory", "name a local checkpoint"):
         directory = Path(snapshot_download(name, allow_patterns=MODEL_FILES))
-        for path in directory.iterdir():
-            blob = path.resolve()  # which the library names by its SHA-256
-            if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
-                blob.unlink(missing_ok=True)
+        for path in itertools.chain.from_iterable(map(directory.glob, MODEL_FILES)):
+            # a link to a name that is the SHA-256, which may be a link to another hash that Xet has of the same file
+            digest = Path(os.readlink(path)).name if path.is_symlink() else ""
+            if re.fullmatch("[0-9a-f]{64}", digest) and sha256(path) != digest:
+                path.resolve().unlink(missing_ok=True)
                 raise ValueError(f"SHA-256 mismatch of {path.name}")
     return directory
 
@@ -73,5 +91,10 @@ def explain_errors(attempt: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"cannot {attempt}: {reason}; run the same command again, or {remedy}") from None
+        raise DataError(f"cannot {attempt}: {reason(error)}; run the same command again, or {remedy}") from None
+
+
+def reason(error: BaseException) -> str:
+    """The error on one line, with its cause, which may be all that tells a rate limit from a lost connection."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text} ({reason(error.__cause__)})" if error.__cause__ else text

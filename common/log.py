@@ -9,6 +9,7 @@ import json
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Log:
     def __init__(self, directory: Path, tracker: Tracker, comparison: Comparison, clock: Clock, enabled: bool) -> None:
         self.path, self.tracker, self.enabled = directory / "log.jsonl", tracker, enabled
         self.comparison, self.clock = comparison, clock
-        self.warned = False
+        self.failing: set[str] = set()  # what cannot be done at present, of which was warned
 
     def start(self, step: int, redo_evaluation: bool, **record: Any) -> None:
         """Begin at a step, 0 or a checkpoint's: drop what lies past it, and its evaluation if that will be redone."""
@@ -97,15 +98,16 @@ class Log:
         self.attempt(flush, self.path)
 
     def attempt(self, action: Callable[..., object], *args: object) -> None:
-        """Do what the run can spare: where it fails, warn once, and go on."""
+        """Do what the run can spare: where it begins to fail, warn, and go on."""
         if not self.enabled:
             return
         try:
             action(*args)
-        except (OSError, DataError) as error:
-            if not self.warned:
+            self.failing.discard(action.__name__)
+        except Exception as error:  # whatever it is, the run is worth more
+            if action.__name__ not in self.failing:
                 print(f"warning: {self.path} or its picture cannot be written: {error}; training continues", flush=True)
-            self.warned = True
+            self.failing.add(action.__name__)
 
     def close(self, finished: bool) -> None:
         self.tracker.close(finished)
@@ -118,9 +120,9 @@ class Tracker:
     from the log, what follows the last step that it has.
     """
 
-    def __init__(self, name: str, directory: Path, settings: dict, step: int) -> None:
+    def __init__(self, name: str, directory: Path, settings: dict) -> None:
         self.name, self.directory, self.settings = name, directory, settings
-        self.first = step  # which the tracker lacks
+        self.first = 0  # the first step that it lacks
         self.unsent: dict = {}  # what is known of the step under way
         self.send: Callable[[dict, int], object] = lambda values, step: None
         self.finish: Callable[[], object] = lambda: None
@@ -137,7 +139,7 @@ class Tracker:
     def open_tensorboard(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(self.directory, purge_step=self.first, flush_secs=1)
+        writer = SummaryWriter(self.directory, purge_step=0, flush_secs=1)  # what is sent now replaces all that it has
         writer.add_text("settings", json.dumps(self.settings))
         self.send = lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
         self.finish = writer.close
@@ -188,26 +190,21 @@ class Clock:
     """Divides all wall time since it was made into named parts; what is not measured is `other`."""
 
     def __init__(self) -> None:
-        self.seconds = {"other": 0.0}
-        self.part, self.since = "other", time.perf_counter()
+        self.began = time.perf_counter()
+        self.measured: Counter[str] = Counter()
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        outer = self.part
-        self.switch(part)
-        try:
-            yield
-        finally:
-            self.switch(outer)
+        began = time.perf_counter()
+        yield
+        self.measured[part] += time.perf_counter() - began
 
-    def switch(self, part: str) -> None:
-        """End the present part, and begin another."""
-        now = time.perf_counter()
-        self.seconds[self.part] = self.seconds.get(self.part, 0.0) + now - self.since
-        self.part, self.since = part, now
+    def seconds(self) -> dict[str, float]:
+        """The parts, up to now."""
+        return {"other": time.perf_counter() - self.began - self.measured.total(), **self.measured}
 
     def summary(self) -> str:
         """The parts and their sum, up to now, as a text."""
-        self.switch(self.part)
-        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items())
-        return f"{sum(self.seconds.values()):.1f} s in all: {parts}"
+        seconds = self.seconds()
+        parts = ", ".join(f"{part} {seconds[part]:.1f} s" for part in seconds)
+        return f"{sum(seconds.values()):.1f} s in all: {parts}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from common.device import choose_device
 from common.script import DataError, UsageError
 
 Result = TypeVar("Result")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,14 @@ class World:
         """The main process's number, on all."""
         return int(self.sum(torch.tensor(number if self.is_main else 0)))
 
-    def any_rank(self, condition: object) -> bool:
-        """Whether the condition holds on one process or more, the same on all."""
-        return bool(self.sum(torch.tensor(int(bool(condition)))))
+    def any_rank(self, condition: object, device: torch.device = CPU) -> bool:
+        """Whether the condition holds on one process or more, the same on all; NCCL finds out sooner than gloo."""
+        return bool(self.sum(torch.tensor(int(bool(condition)), device=device)))
+
+    def agree(self, text: str) -> bool:
+        """Whether all processes have the same text."""
+        number = int(hashlib.sha256(text.encode()).hexdigest()[:14], 16)
+        return not self.any_rank(number != self.broadcast(number))
 
     def barrier(self) -> None:
         self.any_rank(False)
@@ -75,7 +82,7 @@ class World:
 @contextlib.contextmanager
 def start_processes(device_name: str, timeout: int) -> Iterator[World]:
     """Join the processes that torchrun started, or be the only one; none waits for another longer than `timeout` s."""
-    rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, size, local_rank = (int(os.environ.get(name) or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = choose_device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -83,7 +90,7 @@ def start_processes(device_name: str, timeout: int) -> Iterator[World]:
     if size <= 1:
         yield World(0, 1, device)
         return
-    if "MASTER_ADDR" not in os.environ:
+    if not all(os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")):
         raise UsageError("WORLD_SIZE is set, but not by torchrun: start several processes with torchrun")
     if device.type == "mps" or device_name.startswith("cuda:"):
         raise UsageError(f"--device {device_name} takes one process: choose cuda, or cpu")

@@ -51,11 +51,6 @@ class Shards:
     unigram_loss: float | None
     source: dict | None
 
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of the identity."""
-        return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()
-
 
 def shard_name(number: int) -> str:
     return f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"

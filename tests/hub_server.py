@@ -9,10 +9,11 @@ import urllib.parse
 from pathlib import PurePosixPath
 
 
-def entry(path, content, wrong):
+def entry(path, content, wrong, xet):
     oid, size = hashlib.sha256(b"other" if wrong else content).hexdigest(), len(content)
     lfs = {"oid": oid, "size": size, "pointerSize": 134}
-    return {"type": "file", "path": path, "size": size, "oid": oid[:40], "lfs": lfs}
+    listed = {"type": "file", "path": path, "size": size, "oid": oid[:40], "lfs": lfs}
+    return listed | {"xetHash": oid[::-1]} if xet else listed
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -32,7 +33,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path.removeprefix(files) in hub.files:
             name = path.removeprefix(files)
             digest = hashlib.sha256(b"other" if name in hub.wrong else hub.files[name]).hexdigest()
-            content = bytes(len(hub.files[name])) if name in hub.damaged else hub.files[name]
+            damaged = name in hub.damaged or (self.command == "GET" and name in hub.damaged_once)
+            content = bytes(len(hub.files[name])) if damaged else hub.files[name]
+            hub.damaged_once -= {name} if damaged else set()
             self.answer(content, {"ETag": f'"{digest}"', "X-Repo-Commit": hub.commit})
         else:
             self.answer(b"", {"X-Error-Code": "EntryNotFound"}, status=404)
@@ -48,7 +51,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return [
             {"type": "directory", "path": name, "oid": "0" * 40}
             if content is None
-            else entry(name, content, name in self.server.wrong)
+            else entry(name, content, name in self.server.wrong, self.server.xet)
             for name, content in contents.items()
         ]
 
@@ -79,12 +82,14 @@ def serve(repo, revision, files):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repo, server.revision, server.files, server.requests = repo, revision, files, []
     server.commit = revision if len(revision) == 40 else "0" * 40
+    server.xet = False  # whether the files are listed as in the Hub's newer storage, which this server is not
     server.breaks = 0  # how many answers of over 1,000 bytes break off after those
     server.stalls = threading.Event()  # answers of over 1,000 bytes wait for it
     server.stalls.set()
     server.broken = set()  # files for which the answer is an error of the server
     server.wrong = set()  # files that are listed with a hash which is not theirs
     server.damaged = set()  # files that arrive as zeros, though listed as they are
+    server.damaged_once = set()  # the same, but only the first time
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()

@@ -18,7 +18,7 @@ from conftest import records, tiny_config
 import plot
 import train_gpt2
 from common import checkpoint, files
-from common.checkpoint import checkpoint_error, checkpoints, find_checkpoint, newest_checkpoint
+from common.checkpoint import checkpoints, find_checkpoint, newest_checkpoint
 from common.files import claim, sha256
 from common.log import read_log
 from common.processes import World
@@ -307,6 +307,17 @@ def test_on_a_disk_without_locks_a_claim_outlives_its_process_only_until_the_nex
             pass
 
 
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EIO])
+def test_a_directory_that_cannot_be_locked_is_refused_in_a_line(tmp_path, monkeypatch, error):
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UsageError, match=rf"log/\.lock cannot be locked \({os.strerror(error)}\): choose another"):
+        with claim(tmp_path / "log"):
+            pass
+
+
 # ---- what must match -------------------------------------------------------------------------------------------------
 
 RESUME = "--resume --data_dir shards --device cpu --dtype float32 --batch_size 4".split()
@@ -341,6 +352,13 @@ def test_a_resumed_run_takes_what_must_match_from_its_checkpoint(tmp_path):
     again = interrupt(tmp_path / "log", 4, copy="again")
     train_gpt2.main([*RESUME, *INTERVALS, "--out_dir", "again"])
     assert_same_end(tmp_path / "log", again, 8)
+
+
+def test_a_resumed_run_keeps_the_checkpoints_that_it_was_to_keep(tmp_path):
+    train(quick_config(save_every=2, keep=1, milestone_every=4))
+    interrupt(tmp_path / "log", 4)
+    train_gpt2.main([*RESUME, *"--eval_every 0 --sample_every 0 --save_every 1".split()])
+    assert list(checkpoints(tmp_path / "log")) == [8, 4]
 
 
 def test_every_setting_that_alters_the_results_must_match():
@@ -532,7 +550,8 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(run):
 
 def test_a_manifest_that_lists_nothing_vouches_for_nothing(run):
     (run / "step_000008" / "MANIFEST.json").write_text("{}")
-    assert "optimizer.safetensors" in checkpoint_error(run / "step_000008")
+    newest, errors = newest_checkpoint(run)
+    assert newest == run / "step_000006" and "optimizer.safetensors" in errors[run / "step_000008"]
 
 
 @pytest.mark.parametrize("change", [lambda path: path.write_text("changed"), lambda path: path.unlink()])
@@ -546,8 +565,8 @@ def test_looking_for_a_checkpoint_changes_nothing_on_the_disk(run):
     flip_a_bit(run / "step_000008" / "model.safetensors")
     flip_a_bit(run / "step_000006" / "trainer.json")
     before = contents(run)
-    assert newest_checkpoint(run)[0] == run / "step_000004"
-    assert checkpoint_error(run / "step_000008") and not checkpoint_error(run / "step_000004")
+    newest, errors = newest_checkpoint(run)
+    assert newest == run / "step_000004" and list(errors) == [run / "step_000008", run / "step_000006"]
     assert checkpoint.locate(str(run)) == str(run / "step_000008")
     assert default_config(TrainConfig(resume=True)).max_steps == 8
     assert contents(run) == before
@@ -567,7 +586,9 @@ def test_a_damaged_newer_checkpoint_never_costs_a_good_one(run):
         (run / f"step_{step:06d}" / "model.safetensors").write_bytes(b"")
     train(quick_config(save_every=5, keep=2, resume=True))
     assert list(checkpoints(run)) == [8, 5]
-    assert not any(checkpoint_error(directory) for directory in checkpoints(run).values())
+    assert newest_checkpoint(run) == (run / "step_000008", {})
+    shutil.rmtree(run / "step_000008")
+    assert newest_checkpoint(run) == (run / "step_000005", {})
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19
 def machine(monkeypatch, tmp_path):
     """Play a machine with an NVIDIA driver: machine(cuda, capability), which torch can use if there is a capability."""
     monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(device, "DEVICES", tmp_path)
+    (tmp_path / "nvidia0").touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def play(cuda="13.0", capability=None, kernels=("sm_75", "sm_80", "sm_90a", "compute_120")):
@@ -55,6 +57,12 @@ def test_gpus_that_were_hidden_are_named_so(machine, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES is ''"):
         device.choose_device("auto")
+
+
+def test_a_container_that_has_the_driver_but_was_given_no_gpu_takes_the_cpu(machine, tmp_path):
+    machine()
+    (tmp_path / "nvidia0").rename(tmp_path / "nvidiactl")
+    assert device.choose_device("auto") == torch.device("cpu")
 
 
 def test_the_cpu_can_be_wanted_in_spite_of_such_a_gpu(machine):

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, flags_of, records, run_script, tiny_config
 
 import train_gpt2
-from common.checkpoint import checkpoint_error, checkpoints
+from common.checkpoint import checkpoints, newest_checkpoint
 from common.files import sha256
 from common.processes import World
 from common.script import DataError
@@ -114,6 +114,7 @@ with start_processes("cpu", timeout=60) as world:
     assert numbers.tolist() == [1.0, world.rank]
     assert world.broadcast(7 + world.rank) == 7 and world.broadcast(-1) == -1
     assert world.any_rank(world.rank == 1) is True and world.any_rank(False) is False and world.any_rank([3]) is True
+    assert world.agree("same") is True and world.agree("same" if world.rank else "other") is False
     world.barrier()
     world.print("agreed")
 sys.stdout.flush()
@@ -364,6 +365,6 @@ def test_a_disk_that_is_really_full_leaves_good_checkpoints_and_training_goes_on
     assert process.wait(120) == 1  # the last checkpoint could not be saved
     assert (tmp_path / "out").read_text().count("could not be saved") == 1  # at step 4; the error is for step 5
     assert "step 5 could not be saved" in (tmp_path / "err").read_text()
-    assert list(checkpoints(small)) == [2] and checkpoint_error(small / "step_000002") is None
+    assert list(checkpoints(small)) == [2] and newest_checkpoint(small) == (small / "step_000002", {})
     assert {path.name for path in small.iterdir()} == {"step_000002", "log.jsonl", "loss.png"}
     assert list(logged(small)) == [1, 2, 3, 4, 5]

@@ -46,11 +46,23 @@ FILES = {
 def hub(tmp_path):
     with hub_server.serve(f"datasets/{CONFIG.dataset}", CONFIG.revision, dict(FILES)) as server:
         server.env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
+        server.script = tmp_path / "quick_to_retry.py"
+        server.script.write_text(QUICK_TO_RETRY.format(root=str(ROOT)))
         yield server
 
 
+QUICK_TO_RETRY = """
+import sys
+sys.path.insert(0, {root!r})
+import common.hub
+import fineweb
+common.hub.RETRY_SECONDS = (0.1,)
+fineweb.run(fineweb.main)
+"""
+
+
 def build(hub, *flags):
-    return run_script("fineweb.py", "--shard_size", "1000", "--workers", "1", *flags, env=hub.env)
+    return run_script(hub.script, "--shard_size", "1000", "--workers", "1", *flags, env=hub.env)
 
 
 def shards(directory):
@@ -104,6 +116,27 @@ def test_a_file_with_another_hash_is_refused_and_the_run_goes_on_when_it_is_mend
     assert build(hub).returncode == 0
     assert all((directory / name).read_bytes() == content for name, content in written.items())
     assert shards(directory)[1] == [token for text in TEXTS for token in [END_OF_TEXT, *encode(text)]]
+
+
+def test_a_download_that_fails_is_tried_again_with_a_notice(tmp_path, hub):
+    hub.damaged_once = {SECOND}
+    finished = build(hub)
+    assert finished.returncode == 0, finished.stderr
+    assert f"trying again in 0.1 s: {SECOND} did not come: SHA-256 mismatch" in finished.stdout
+    assert len(downloads_of(hub, SECOND)) == 2 and not hub.damaged_once
+    assert shards(tmp_path / "edu_fineweb10B")[1] == [token for text in TEXTS for token in [END_OF_TEXT, *encode(text)]]
+
+
+def test_parts_of_downloads_that_were_killed_do_not_pile_up(tmp_path, hub):
+    left = tmp_path / "edu_fineweb10B" / ".downloads" / ".cache" / "huggingface" / "part.12345678.incomplete"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    hub.wrong = {THIRD}
+    fails_in_one_line(build(hub), THIRD)
+    assert (tmp_path / "edu_fineweb10B" / ".downloads").exists() and not left.exists()
+    hub.wrong = set()
+    assert build(hub, "--keep_downloads").returncode == 0
+    assert not (tmp_path / "edu_fineweb10B" / ".downloads").exists()
 
 
 def test_files_that_are_in_shards_are_not_downloaded_again(hub, tmp_path):

@@ -516,9 +516,9 @@ def test_what_looks_like_a_path_is_not_sought_on_the_hub(saved, hub, source):
     assert not hub.requests
 
 
-@pytest.fixture
-def hub(saved, tmp_path, monkeypatch):
-    """Serve the small model as `gpt2-xl` on 127.0.0.1, with an empty cache."""
+@pytest.fixture(params=["lfs", "xet"])
+def hub(saved, tmp_path, monkeypatch, request):
+    """Serve the small model as `gpt2-xl` on 127.0.0.1, with an empty cache, from either of the Hub's storages."""
     files = {path.name: path.read_bytes() for path in saved.iterdir()} | {"flax_model.msgpack": b"not this"}
     with hub_server.serve("gpt2-xl", "main", files) as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
@@ -526,6 +526,14 @@ def hub(saved, tmp_path, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         fetch_model.cache_clear()
+        server.xet = request.param == "xet"
+
+        def download_from_xet(incomplete_path, displayed_filename, **_):
+            server.requests.append(("GET", f"/resolve/{displayed_filename}"))
+            content = files[displayed_filename]
+            incomplete_path.write_bytes(bytes(len(content)) if displayed_filename in server.damaged else content)
+
+        monkeypatch.setattr(huggingface_hub.file_download, "xet_get", download_from_xet)
         yield server
     fetch_model.cache_clear()
 

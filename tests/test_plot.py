@@ -1,6 +1,9 @@
 """The picture shows the run: its losses by step and token, and on the reproduction others' runs beside it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import matplotlib.image
 import numpy as np
@@ -77,6 +80,14 @@ def test_the_script_draws_the_run_it_is_given_and_prints_the_pictures_path(tmp_p
     plot.main(["--out_dir", "run"])
     assert capsys.readouterr().out.strip() == "run/loss.png"
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_notebooks_backend_that_is_not_installed_is_no_matter(tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log.jsonl").write_text('{"step": 0}\n')
+    env = os.environ | {"MPLBACKEND": "module://not_installed_here.backend"}
+    subprocess.run([sys.executable, plot.__file__], cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "log" / "loss.png").exists()
 
 
 # ---- long runs -------------------------------------------------------------------------------------------------------

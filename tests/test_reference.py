@@ -28,7 +28,7 @@ def make_shards(source=SOURCE, val_tokens=10**8, train_tokens=9_853_989_344):
 
 def run(directory, scores):
     """Write the log of a run with these scores by step, as training does."""
-    log = Log(directory, Tracker("none", directory, {}, 0), comparison=None, clock=Clock(), enabled=True)
+    log = Log(directory, Tracker("none", directory, {}), comparison=None, clock=Clock(), enabled=True)
     comparison = Comparison(CONFIG, make_shards())
     log.start(0, False, reference=comparison.applies)
     for step, at_step in scores.items():

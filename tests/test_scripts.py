@@ -595,29 +595,45 @@ def rendezvous():
     return os.environ | place | {"OMP_NUM_THREADS": "1"}
 
 
-def assert_both_refuse(config, places, environment, reason):
-    """Train on two machines, as two processes in directories of their own."""
-    command, started = [sys.executable, ROOT / "train_gpt2.py", *flags_of(config)], []
-    for rank, place in enumerate(places):
-        env = environment | {"RANK": str(rank)}
+def assert_both_refuse(configs, places, environment, reason, status=1):
+    """Train on two machines, as two processes with settings and in directories of their own."""
+    started = []
+    for rank, (config, place) in enumerate(zip(configs, places, strict=True)):
+        command, env = [sys.executable, ROOT / "train_gpt2.py", *flags_of(config)], environment | {"RANK": str(rank)}
         started.append(subprocess.Popen(command, cwd=place, env=env, stderr=subprocess.PIPE, text=True))
     for process in started:
         _, error = process.communicate(timeout=120)
-        assert process.returncode == 1 and reason in error, error
+        assert process.returncode == status and reason in error, error
 
 
-def test_a_machine_without_the_shared_disk_is_refused(trained, tmp_path, rendezvous):
-    directory = copy_run(trained, tmp_path, without="step_000004")
+@pytest.mark.parametrize("order", [1, -1])
+def test_machines_without_a_shared_disk_are_refused(trained, tmp_path, rendezvous, order):
+    config = tiny_run(copy_run(trained, tmp_path, without="step_000004"), resume=True)
     (tmp_path / "second").mkdir()  # which does not have the checkpoint
     reason = "--out_dir log must be on a disk that all machines share"
-    assert_both_refuse(tiny_run(directory, resume=True), [tmp_path, tmp_path / "second"], rendezvous, reason)
+    assert_both_refuse([config] * 2, [tmp_path, tmp_path / "second"][::order], rendezvous, reason)
+
+
+def test_machines_with_different_settings_are_refused(trained, tmp_path, rendezvous):
+    configs = [tiny_run(trained, out_dir="new"), tiny_run(trained, out_dir="new", max_lr=1e-4)]
+    assert_both_refuse(configs, [trained] * 2, rendezvous, "--max_lr is not the same on all machines", status=2)
+
+
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, missing):
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(UsageError, match="start several processes with torchrun"):
+        train_gpt2.train(tiny_run(Path(), device="cpu"))
 
 
 def test_machines_with_different_shards_are_refused(built_shards, tmp_path, rendezvous):
     for number, place in enumerate(("first", "second"), 1):
         shutil.copytree(built_shards(4000, 1000 * number), tmp_path / place / "shards")
     reason = "--data_dir shards does not hold the same shards on every machine"
-    assert_both_refuse(tiny_run(Path()), [tmp_path / "first", tmp_path / "second"], rendezvous, reason)
+    assert_both_refuse([tiny_run(Path())] * 2, [tmp_path / "first", tmp_path / "second"], rendezvous, reason)
 
 
 def test_a_mistake_under_torchrun_is_said_once(trained):

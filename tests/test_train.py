@@ -310,6 +310,16 @@ def test_only_the_chosen_attention_backend_is_enabled_in_training_and_evaluation
     assert enabled_backends() == before
 
 
+def test_on_a_gpu_the_automatic_choice_is_any_in_training_and_not_cudnn_where_shapes_vary(monkeypatch):
+    zeros, gpu, before = torch.zeros, torch.device("cuda"), enabled_backends()
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))  # not on the GPU
+    config = tiny_config(attention="auto", dtype="float32")
+    with train_gpt2.attention_backend(config, gpu):
+        assert enabled_backends() == before
+    with train_gpt2.attention_backend(config, gpu, masked=True):
+        assert set(enabled_backends()) == {f"{name}_sdp_enabled" for name in ("flash", "mem_efficient", "math")}
+
+
 def test_the_choice_of_a_backend_ends_with_the_run(shards):
     before = torch.compiler.config.cache_key_tag
     train(tiny_config(attention="math", max_steps=2))
