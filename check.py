@@ -77,7 +77,7 @@ def machine(check: Check) -> Iterator[Finding]:
     ram, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), world.size * (2e9 + 4 * parameters)
     yield Finding("memory", f"{ram / 1e9:.1f} GB", "" if ram > needed else f"too little for {world.size} processes")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield Finding("open files", f"at most {files}", "" if files >= 1024 else "raise the limit: ulimit -n 4096")
+    yield Finding("open files", f"at most {files}", "" if files >= 256 else "raise the limit: ulimit -n 4096")
     needs = {config.out_dir: 12 * parameters * (config.keep + 1)}  # weights and two moments
     try:
         reading = speed.reading_seconds(config, world)

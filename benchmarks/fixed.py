@@ -128,7 +128,7 @@ def gradient_distance(config: TrainConfig, world: World, tokens: Shard) -> tuple
     An error of a kernel or the compiler is printed, and is infinitely far; raises UsageError for --attention.
     """
     expected = read_json(FILE)["small"]
-    on_gpu = config.dtype == "float32" and world.device.type == "cuda"
+    on_gpu = config.dtype == "float32" and world.device.type != "cpu"
     tolerance = TOLERANCE["float32 on a GPU" if on_gpu else config.dtype]
     try:
         figures = loss_and_gradient(config, world, tokens)

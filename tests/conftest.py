@@ -138,7 +138,13 @@ def run_script(script, *flags, processes=0, env=None, timeout=180, input=None):
     """Run a script as a person does, under torchrun if processes are given; returns the finished process."""
     launcher = [sys.executable]
     if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local_addr=127.0.0.1",
+            f"--nproc_per_node={processes}",
+        ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""} | (env or {})
     command = [*launcher, str(ROOT / script), *map(str, flags)]
     source = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}

@@ -91,11 +91,15 @@ def test_a_setting_that_cannot_be_used_is_named_before_anything_is_measured(work
         work(config)
 
 
+def has_peak_memory(peak):
+    return peak > 0 if sys.platform == "linux" else peak is None
+
+
 def test_a_single_way_of_training_ends_in_its_figures_with_a_profile_before(small_debug, capsys):
     train.main(["--model", "debug", "--only", "eager", "--profile", "--steps", "1", "--warmup", "1", "--device", "cpu"])
     output = capsys.readouterr().out
     figures = json.loads(output.splitlines()[-1])
-    assert figures["tokens_per_second"] > 0 and figures["peak_memory_bytes"] > 0
+    assert figures["tokens_per_second"] > 0 and has_peak_memory(figures["peak_memory_bytes"])
     assert "aten::mm" in output or "aten::addmm" in output
 
 
@@ -109,7 +113,8 @@ def test_the_training_benchmark_ends_in_the_figures_of_each_way(launcher):
     assert figures["ceiling_flops_per_second"] > 0 and figures["flops_per_token"] > 0
     for key in ("tokens_per_second", "peak_memory_bytes"):
         assert figures[key].keys() == {*train.WAYS, "default", "default_adamw"}
-        assert min(figures[key].values()) > 0
+    assert min(figures["tokens_per_second"].values()) > 0
+    assert all(map(has_peak_memory, figures["peak_memory_bytes"].values()))
 
 
 def test_the_memory_benchmark_ends_in_the_largest_batches(small_debug, capsys):

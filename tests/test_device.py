@@ -19,6 +19,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path / "version")
     monkeypatch.setattr(device, "DEVICES", tmp_path)
     (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def play(cuda="13.0", capability=None, kernels=("sm_75", "sm_80", "sm_90a", "compute_120")):

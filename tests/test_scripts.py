@@ -48,8 +48,10 @@ EXAMPLE = {
 
 @pytest.fixture
 def run_here(capsys, monkeypatch):
-    """Run a script within this process, which is quicker; returns its exit status, output and errors."""
+    """Run a script within this process, without a GPU, which is quicker; returns its exit status, output and errors."""
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("common.device.NVIDIA_DRIVER", Path("no driver"))
 
     def run(name, *flags):
         capsys.readouterr()
