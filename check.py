@@ -176,7 +176,8 @@ def training(check: Check) -> Iterator[Finding]:
         gigabytes = torch.cuda.get_device_properties(world.device).total_memory / 1e9
         room += f"; {memory.predict(PRESETS[config.model]).largest_batch_size(gigabytes)} predicted to fit"
     yield Finding("batch_size", room)
-    for way, split, rate, graphs in speed.each_way(replace(config, batch_size=best), world, check.tokens):
+    ways = speed.each_way(replace(config, batch_size=best), world, check.tokens) if rates[best] else []
+    for way, split, rate, graphs in ways:
         name = f"--compile {way.compile}, optimize_ddp {split}"
         yield Finding("training", f"{name}: {rate:,.0f} tokens/s, {graphs} graphs")
         speeds[name] = rate

@@ -403,11 +403,10 @@ def build(config: FinewebConfig) -> dict:
     try:
         with lock(config.directory / ".lock"):
             manifest, downloads = open_manifest(config, identity), config.directory / DOWNLOADS
-            for partial in downloads.rglob("*.incomplete"):  # of a run that was killed, and never taken up again
-                partial.unlink(missing_ok=True)
             if not manifest["complete"]:
                 write_shards(config, manifest)
-            shutil.rmtree(downloads, ignore_errors=True)
+            if not config.input:  # which may lie there
+                shutil.rmtree(downloads, ignore_errors=True)
     except OSError as error:
         remedy = "finished shards are intact; fix the cause, and run the same command again"
         raise DataError(f"cannot build {config.directory} ({error}): {remedy}") from None
@@ -439,6 +438,9 @@ def write_shards(config: FinewebConfig, manifest: dict) -> None:
     written = [shards.open_shard(directory / entry["name"], entry["tokens"]) for entry in entries]
     counts = [shards.count_tokens(shard.read(0, shard.tokens)) for shard in written]
     names = list_files(config)
+    if downloads := download_dir(config):
+        for partial in downloads.rglob("*.incomplete"):  # left by a run that was killed; never continued
+            partial.unlink(missing_ok=True)
     with progress_bar(total=config.max_tokens, unit=" tokens", unit_scale=True) as bar:
         bar.update(sum(entry["tokens"] for entry in entries))
         for tokens, following in make_shards(config, names, entries, bar.update):

@@ -28,7 +28,7 @@ class PlotConfig:
 
 def draw(directory: Path) -> Path:
     """Draw a run's curves; returns the picture's path, and raises DataError if there is no run."""
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, with which matplotlib may not be imported outside of it
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which matplotlib may refuse outside of it
     from matplotlib.figure import Figure  # not pyplot, which would open windows and keep every figure
 
     records = read_log(directory)

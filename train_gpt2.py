@@ -162,9 +162,9 @@ def training_step(trainer: Trainer, micro_batches: Tensor) -> tuple[float, float
     loss = accumulate_gradients(trainer, micro_batches.to(world.device))
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.gpt.parameters(), config.grad_clip or math.inf)
-    # the norm is the same on all, but what is not finite on one process shall be so on all
+    # the norm is the same on all processes, but what is not finite on one must count on all
     sums = world.sum(torch.stack([loss, gather(norm, world.device)]))
-    loss, norm = (sums / world.size).tolist()  # the step's only wait for a GPU
+    loss, norm = (sums / world.size).tolist()  # the only wait for the gradients
     if math.isfinite(loss) and math.isfinite(norm):
         state.skipped_in_a_row = 0
         state.optimizer.step()
@@ -192,12 +192,12 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def attention_backend(config: TrainConfig, device: torch.device, masked: bool = False) -> Iterator[None]:
-    """Enable --attention's backend alone; for masks and single queries, which not all support on a GPU, math too."""
+    """Enable --attention's backend alone; for masks and single queries on a GPU, which not all support, math too."""
     fallback = [SDPBackend.MATH] if masked and device.type == "cuda" else []
     if config.attention == "auto" and not fallback:
         yield
         return
-    # not cuDNN: it prepares a plan for each new shape, of which HellaSwag and samples have hundreds
+    # auto is not cuDNN then: it prepares a plan for each new shape, of which HellaSwag and samples have hundreds
     names = ["flash", "efficient"] if config.attention == "auto" else [config.attention]
     # without a tag, torch's cache would take a model that was compiled for another backend
     cache_tag = torch.compiler.config.patch(cache_key_tag=f"attention {config.attention}")
@@ -345,7 +345,7 @@ def complete_config(config: TrainConfig, world: World, directory: Path | None) -
     recipes.validate(config, sizes, world.size)
     for name, value in asdict(config).items():
         if name not in ("data_dir", "out_dir") and not world.agree(repr(value)):
-            raise UsageError(f"--{name} is not the same on all machines, here {value}: give all the same flags")
+            raise UsageError(f"--{name} is not the same on all machines, here {value}: give it on each")
     return config, sizes
 
 
@@ -523,7 +523,7 @@ def train(config: TrainConfig) -> None:
         log = open_log(trainer, shards, clock)
         while True:
             finished = state.step >= config.max_steps
-            stopping = world.any_rank(signals, world.device) and not finished
+            stopping = world.any_rank(signals) and not finished
             if not stopping:  # a run that is stopped makes up for it on resuming
                 evaluate(trainer, data, log, finished)
             due = is_due(config.save_every, state.step) or is_due(config.milestone_every, state.step)
@@ -534,7 +534,7 @@ def train(config: TrainConfig) -> None:
             with clock.measure("steps"):
                 take_step(trainer, log, batches)
             stop_if_diverged(trainer)
-        log.write(f"step {state.step:5d} | {clock.summary()}", step=state.step, seconds=clock.seconds())
+        log.write_seconds(state.step)
         log.close(finished)
         world.barrier()  # for the main process to save
         how = f"finished: {config.out_dir}/step_{state.step:06d}"

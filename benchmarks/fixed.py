@@ -97,7 +97,7 @@ def loss_and_gradient(config: TrainConfig, world: World, tokens: Shard) -> dict[
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Multiply float32 as it is: how far TF32 is from it depends on how a GPU rounds."""
+    """Multiply in full float32: TF32's error depends on the GPU."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

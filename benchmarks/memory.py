@@ -6,7 +6,7 @@ Fixed are 16 bytes a parameter (weights, gradients and AdamW's two moments in fp
 weights for its backward pass (their bf16 copies, which --activation_checkpointing makes again) and, as the backward
 pass begins, the embedding's gradient in bf16. Each row adds the activations that such a step keeps, and the gradient of
 the last ones; that of the logits takes the logits' place, and what one block computes again is less. What is kept is
-counted in compiled models of one and of two layers, on the CPU.
+counted in compiled models of one and of two layers, on rows of 128 and of 256 tokens, on the CPU.
 
 With --shard, the 16 bytes are divided among the cards. Added are 4 bytes a parameter for the gradients that accumulate
 over the micro-batches of a step, the embeddings, which stay gathered while a step is computed, and three blocks: the
@@ -50,7 +50,7 @@ class Memory:
 
 
 def kept_bytes(sizes: GPTConfig, recompute: bool) -> int:
-    """The bytes of the tensors, but for parameters, that a compiled pass over a row keeps for the backward pass."""
+    """The bytes of the tensors, other than parameters, that a compiled pass over a row keeps for the backward pass."""
     torch.compiler.reset()
     gpt = GPT(sizes)
     if recompute:

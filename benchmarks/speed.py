@@ -119,7 +119,7 @@ def each_way(config: TrainConfig, world: World, tokens: Shard) -> Iterator[tuple
     ways = [(False, True), (True, True), (True, False)] if config.compile else [(False, True)]
     for compile, split in ways[:2] if world.size == 1 else ways:
         way, counters = replace(config, compile=compile), torch._dynamo.utils.counters["aot_autograd"]
-        # alone first: where one process lacks memory in the midst of a step, the others wait for it
+        # alone first: if one process ran out of memory in the midst of a step, the others would hang
         alone, known = replace(world, rank=0, size=1), world.size == 1 or compile == config.compile  # by batch_sizes
         fits = known or min(on_ranks(world, tokens_per_second(way, alone, tokens))) > 0
         before = counters["total"]

@@ -187,9 +187,11 @@ def newest_checkpoint(out_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 def find_checkpoint(out_dir: Path, resume: bool, world: World) -> Path | None:
     """The checkpoint to resume from, the same on all ranks, or None to begin; sets newer, damaged ones aside.
 
-    Raises UsageError if a run would be overwritten, DataError if all checkpoints are damaged, or where processes do
-    not see the same ones.
+    Raises UsageError if a run would be overwritten, or not all processes resume; DataError if all checkpoints are
+    damaged, or not all processes see the one that the main process chose.
     """
+    if not world.agree(repr(resume)):
+        raise UsageError("--resume is not given on all machines: give it on each, or on none")
     if world.is_main and not resume and (checkpoints(out_dir) or (out_dir / "log.jsonl").exists()):
         raise UsageError(f"--out_dir {out_dir} holds a run: continue it with --resume, or choose another directory")
     newest, errors = (world.on_main(lambda: newest_checkpoint(out_dir)) if resume else None) or (None, {})

@@ -104,7 +104,7 @@ def is_unchanged(path: Path, digest: object) -> bool:
 def lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock file `path`; the system releases it when the process ends, however that happens.
 
-    If another process holds it, wait, with a notice, or raise UsageError, as where the disk does not take a lock.
+    If another process holds it, wait, with a notice, or raise UsageError; raises OSError where nothing can be locked.
     """
     file_lock = FileLock(path)
     try:
@@ -118,7 +118,7 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
         print(f"waiting for another process that writes to {escape(str(path.parent))}", flush=True)
         file_lock.acquire()
     except OSError as error:
-        raise UsageError(f"{path} cannot be locked ({error.strerror}): choose another directory") from None
+        raise OSError(f"{path} cannot be locked, as on some network disks: {error.strerror}") from None
     try:
         with contextlib.suppress(OSError):  # a full disk, on which the holder cannot be named
             if not path.read_text():  # else filelock, where the disk has no locks, has written the same

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.files import sha256
-from common.script import DataError
+from common.script import DataError, escape
 
 MODEL_FILES = ["config.json", "model*.safetensors", "vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json"]
 LOCAL_FILES = "give local files with --input"
@@ -31,7 +31,7 @@ def list_train_files(dataset: str, name: str, revision: str, suffixes: tuple[str
     huggingface_hub.utils.disable_progress_bars()
     with explain_errors(f"list the train files of --dataset {dataset} --name {name}", LOCAL_FILES):
         builder = datasets.load_dataset_builder(dataset, name, revision=revision)
-        if builder.config.data_files is None:  # of a data set that is in the library's cache
+        if builder.config.data_files is None:  # offline, of a data set that is in the library's cache
             raise ValueError("the Hub cannot be reached")
         urls = builder.config.data_files["train"]
     paths = [str(url).partition(f"@{revision}/")[2] for url in urls]
@@ -43,13 +43,13 @@ def list_train_files(dataset: str, name: str, revision: str, suffixes: tuple[str
 
 def fetch_file(dataset: str, path: str, revision: str, directory: Path | None) -> Path:
     """Download a file into a directory, or, if that is None, into the library's cache, unless it is there."""
-    print(f"downloading {path}", flush=True)
+    print(f"fetching {escape(path)}", flush=True)
     with explain_errors(f"download {path} of --dataset {dataset}", LOCAL_FILES):
         for pause in RETRY_SECONDS:
             try:
                 return try_to_fetch(dataset, path, revision, directory)
             except Exception as error:
-                print(f"trying again in {pause} s: {path} did not come: {reason(error)}", flush=True)
+                print(f"trying again in {pause} s: {escape(f'{path} could not be had: {reason(error)}')}", flush=True)
                 time.sleep(pause)
         return try_to_fetch(dataset, path, revision, directory)
 
@@ -77,7 +77,7 @@ def fetch_model(name: str) -> Path:
     with explain_errors(f"find {name} on the Hub, nor a local directory", "name a local checkpoint"):
         directory = Path(snapshot_download(name, allow_patterns=MODEL_FILES))
         for path in itertools.chain.from_iterable(map(directory.glob, MODEL_FILES)):
-            # a link to a name that is the SHA-256, which may be a link to another hash that Xet has of the same file
+            # a link named by its SHA-256, which may itself link to a file that is named by Xet's hash
             digest = Path(os.readlink(path)).name if path.is_symlink() else ""
             if re.fullmatch("[0-9a-f]{64}", digest) and sha256(path) != digest:
                 path.resolve().unlink(missing_ok=True)

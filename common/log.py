@@ -56,7 +56,7 @@ class Log:
     def __init__(self, directory: Path, tracker: Tracker, comparison: Comparison, clock: Clock, enabled: bool) -> None:
         self.path, self.tracker, self.enabled = directory / "log.jsonl", tracker, enabled
         self.comparison, self.clock = comparison, clock
-        self.failing: set[str] = set()  # what cannot be done at present, of which was warned
+        self.failing: set[str] = set()  # what fails at present, and has been warned of
 
     def start(self, step: int, redo_evaluation: bool, **record: Any) -> None:
         """Begin at a step, 0 or a checkpoint's: drop what lies past it, and its evaluation if that will be redone."""
@@ -109,6 +109,12 @@ class Log:
                 print(f"warning: {self.path} or its picture cannot be written: {error}; training continues", flush=True)
             self.failing.add(action.__name__)
 
+    def write_seconds(self, step: int) -> None:
+        """Append where the time went."""
+        seconds = self.clock.seconds()
+        parts = ", ".join(f"{part} {seconds[part]:.1f} s" for part in seconds)
+        self.write(f"step {step:5d} | {sum(seconds.values()):.1f} s in all: {parts}", step=step, seconds=seconds)
+
     def close(self, finished: bool) -> None:
         self.tracker.close(finished)
 
@@ -117,7 +123,7 @@ class Tracker:
     """TensorBoard, Weights & Biases or trackio, or none; one that fails says so once, and is disabled from then on.
 
     A step is sent whole, once the next one begins. So a tracker has all of it or nothing, and on resuming it is sent,
-    from the log, what follows the last step that it has.
+    from the log, what follows the last step that it has; TensorBoard the whole log, in place of what it has.
     """
 
     def __init__(self, name: str, directory: Path, settings: dict) -> None:
@@ -139,7 +145,7 @@ class Tracker:
     def open_tensorboard(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(self.directory, purge_step=0, flush_secs=1)  # what is sent now replaces all that it has
+        writer = SummaryWriter(self.directory, purge_step=0, flush_secs=1)
         writer.add_text("settings", json.dumps(self.settings))
         self.send = lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
         self.finish = writer.close
@@ -196,15 +202,11 @@ class Clock:
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
         began = time.perf_counter()
-        yield
-        self.measured[part] += time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self.measured[part] += time.perf_counter() - began
 
     def seconds(self) -> dict[str, float]:
         """The parts, up to now."""
         return {"other": time.perf_counter() - self.began - self.measured.total(), **self.measured}
-
-    def summary(self) -> str:
-        """The parts and their sum, up to now, as a text."""
-        seconds = self.seconds()
-        parts = ", ".join(f"{part} {seconds[part]:.1f} s" for part in seconds)
-        return f"{sum(seconds.values()):.1f} s in all: {parts}"

@@ -21,7 +21,6 @@ from common.device import choose_device
 from common.script import DataError, UsageError
 
 Result = TypeVar("Result")
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ class World:
         """The main process's number, on all."""
         return int(self.sum(torch.tensor(number if self.is_main else 0)))
 
-    def any_rank(self, condition: object, device: torch.device = CPU) -> bool:
-        """Whether the condition holds on one process or more, the same on all; NCCL finds out sooner than gloo."""
-        return bool(self.sum(torch.tensor(int(bool(condition)), device=device)))
+    def any_rank(self, condition: object) -> bool:
+        """Whether the condition holds on one process or more, the same on all."""
+        return bool(self.sum(torch.tensor(int(bool(condition)))))
 
     def agree(self, text: str) -> bool:
         """Whether all processes have the same text."""
@@ -82,7 +81,7 @@ class World:
 @contextlib.contextmanager
 def start_processes(device_name: str, timeout: int) -> Iterator[World]:
     """Join the processes that torchrun started, or be the only one; none waits for another longer than `timeout` s."""
-    rank, size, local_rank = (int(os.environ.get(name) or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = choose_device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -313,7 +313,7 @@ def test_a_directory_that_cannot_be_locked_is_refused_in_a_line(tmp_path, monkey
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with pytest.raises(UsageError, match=rf"log/\.lock cannot be locked \({os.strerror(error)}\): choose another"):
+    with pytest.raises(OSError, match=rf"log/\.lock cannot be locked, as on some network disks: {os.strerror(error)}"):
         with claim(tmp_path / "log"):
             pass
 

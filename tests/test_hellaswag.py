@@ -1,6 +1,7 @@
 """HellaSwag in batches equals HellaSwag one ending at a time; its file is fetched whole or not at all."""
 
 import functools
+import errno
 import hashlib
 import http.server
 import json
@@ -292,6 +293,15 @@ def test_a_file_that_is_there_is_taken_also_where_nothing_can_be_written(server,
     hellaswag.download()
     monkeypatch.setattr(hellaswag, "lock", lambda path: pytest.fail("a lock is a file beside the examples"))
     hellaswag.download()
+
+
+def test_where_nothing_can_be_locked_the_file_cannot_be_had(server, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(DataError, match="cannot be locked.*No locks available.*--data FILE"):
+        hellaswag.download()
 
 
 def test_of_several_at_once_one_downloads(server):

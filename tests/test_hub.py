@@ -122,7 +122,7 @@ def test_a_download_that_fails_is_tried_again_with_a_notice(tmp_path, hub):
     hub.damaged_once = {SECOND}
     finished = build(hub)
     assert finished.returncode == 0, finished.stderr
-    assert f"trying again in 0.1 s: {SECOND} did not come: SHA-256 mismatch" in finished.stdout
+    assert f"trying again in 0.1 s: {SECOND} could not be had: SHA-256 mismatch" in finished.stdout
     assert len(downloads_of(hub, SECOND)) == 2 and not hub.damaged_once
     assert shards(tmp_path / "edu_fineweb10B")[1] == [token for text in TEXTS for token in [END_OF_TEXT, *encode(text)]]
 

@@ -616,9 +616,10 @@ def test_machines_without_a_shared_disk_are_refused(trained, tmp_path, rendezvou
     assert_both_refuse([config] * 2, [tmp_path, tmp_path / "second"][::order], rendezvous, reason)
 
 
-def test_machines_with_different_settings_are_refused(trained, tmp_path, rendezvous):
-    configs = [tiny_run(trained, out_dir="new"), tiny_run(trained, out_dir="new", max_lr=1e-4)]
-    assert_both_refuse(configs, [trained] * 2, rendezvous, "--max_lr is not the same on all machines", status=2)
+@pytest.mark.parametrize(("name", "values"), [("max_lr", (1e-3, 1e-4)), ("resume", (True, False))])
+def test_machines_with_different_settings_are_refused(trained, rendezvous, name, values):
+    configs = [tiny_run(trained, out_dir="new", **{name: value}) for value in values]
+    assert_both_refuse(configs, [trained] * 2, rendezvous, f"--{name} is not", status=2)
 
 
 @pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
