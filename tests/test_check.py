@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,3 +230,67 @@ def test_a_machine_that_is_right_passes_and_is_left_as_it_was(processes, tmp_pat
     figures = json.loads(figures)
     assert figures["wrong"] == [] and figures["dollars"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backend_that_is_wrong_is_not_recommended_however_fast(debug_check, monkeypatch):
+    monkeypatch.setattr(speed, "seconds_once", lambda *_: dict.fromkeys([*speed.EVALUATIONS, "saving"], 1.0))
+    seconds = {"auto": 1.0, "flash": 0.5, "math": 2.0}
+    debug_check.figures = {"fastest_tokens_per_second": 1e4, "attention_seconds": seconds}
+    debug_check.wrong_attention = {"flash", "auto"}
+    assert "--attention math" in list(check.whole_run(debug_check))[-1].seen
+
+
+def test_processes_that_end_with_other_weights_are_found(debug_check, monkeypatch):
+    losses = json.loads(fixed.FILE.read_text())["debug"]
+    monkeypatch.setattr(fixed, "short_run", lambda *_: (losses, 1.0))
+    monkeypatch.setattr(speed, "on_ranks", lambda world, value: [value, value + 1])
+    assert next(check.curve(debug_check)).remedy
+
+
+def test_a_steps_time_is_that_of_one_micro_batch_and_what_each_more_adds(monkeypatch):
+    config = replace(RECIPES["gpt2"], batch_size=8, block_size=1024)
+    trainer = SimpleNamespace(config=config, world=World(0, 8, torch.device("cpu")))
+    asked, seconds = [], iter([1.0, 1.25])
+    monkeypatch.setattr(speed, "train_steps", lambda trainer, tokens, steps, size: asked.append(size))
+    monkeypatch.setattr(speed, "median_seconds", lambda work, times, warmup: (work(), next(seconds))[1])
+    assert speed.step_seconds(trainer, None) == 1 + 7 * 0.25 and asked == [2**16, 2**16, 2**17]
+
+
+def test_what_is_timed_on_a_part_is_scaled_to_the_whole(small_debug, debug_check, monkeypatch):
+    monkeypatch.setattr(speed, "median_seconds", lambda work, times, warmup: 1.0)
+    config = replace(debug_check.config, block_size=32, val_tokens=2**20)
+    seconds = speed.seconds_once(config, debug_check.world, debug_check.tokens, debug_check.directory)
+    assert seconds == {"validation": 64.0, "HellaSwag": 20_084 / 50, "samples": 1.0, "saving": 1.0}
+
+
+@pytest.mark.parametrize("eager_alone", [0.0, 5.0])
+def test_several_processes_train_eagerly_only_if_one_has_the_memory(debug_check, monkeypatch, eager_alone):
+    runs = []
+
+    def rate(way, world, tokens):
+        runs.append((way.compile, world.size))
+        return eager_alone if world.size == 1 else 7.0
+
+    monkeypatch.setattr(speed, "tokens_per_second", rate)
+    monkeypatch.setattr(speed, "on_ranks", lambda world, value: [value, value])
+    config, world = replace(debug_check.config, compile=True), replace(debug_check.world, size=2)
+    rates = [rate for *_, rate, _ in speed.each_way(config, world, debug_check.tokens)]
+    assert rates == [7.0 if eager_alone else 0.0, 7.0, 7.0]
+    assert runs == [(False, 1), *([(False, 2)] if eager_alone else []), (True, 2), (True, 2)]
+
+
+def test_float32_is_checked_without_tf32(debug_check, monkeypatch):
+    seen, accumulate = [], train_gpt2.accumulate_gradients
+
+    def watched(*arguments):
+        seen.append(torch.get_float32_matmul_precision())
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(train_gpt2, "accumulate_gradients", watched)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        fixed.loss_and_gradient(debug_check.config, debug_check.world, debug_check.tokens)
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

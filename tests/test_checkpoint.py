@@ -17,7 +17,7 @@ from conftest import records, tiny_config
 
 import plot
 import train_gpt2
-from common import checkpoint, files
+from common import checkpoint, files, log
 from common.checkpoint import checkpoints, find_checkpoint, newest_checkpoint
 from common.files import claim, sha256
 from common.log import read_log
@@ -90,6 +90,9 @@ def assert_same_end(first, second, step):
     for name in ("model.safetensors", "optimizer.safetensors"):
         paths = [directory / f"step_{step:06d}" / name for directory in (first, second)]
         assert paths[0].read_bytes() == paths[1].read_bytes(), name
+    ends = [checkpoint.read_record(directory / f"step_{step:06d}") for directory in (first, second)]
+    for key in ("tokens", "position", "scores", "skipped", "scaler", "optimizer", "param_groups"):
+        assert ends[0][key] == ends[1][key], key
 
 
 def flip_a_bit(path):
@@ -361,6 +364,11 @@ def test_a_resumed_run_keeps_the_checkpoints_that_it_was_to_keep(tmp_path):
     assert list(checkpoints(tmp_path / "log")) == [8, 4]
 
 
+def test_a_resumed_run_takes_its_shards_from_its_checkpoint(run):
+    data_dir = checkpoint.read_record(run / "step_000008")["config"]["data_dir"]
+    assert parse_config(["--resume"], None).data_dir == data_dir != "shards"
+
+
 def test_every_setting_that_alters_the_results_must_match():
     assert set(CHANGES) == set(MUST_MATCH)
 
@@ -589,6 +597,37 @@ def test_a_damaged_newer_checkpoint_never_costs_a_good_one(run):
     assert newest_checkpoint(run) == (run / "step_000008", {})
     shutil.rmtree(run / "step_000008")
     assert newest_checkpoint(run) == (run / "step_000005", {})
+
+
+# ---- on the disk -----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_flushed_before_it_gets_its_name_and_its_directory_after(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("renamed"), rename(a, b)))
+    files.write_json(tmp_path / "a.json", {})
+    assert events == [(tmp_path / "a.json").stat().st_ino, "renamed", tmp_path.stat().st_ino]
+
+
+def test_a_checkpoint_and_the_log_before_it_are_flushed_before_it_gets_its_name(run, monkeypatch):
+    interrupt(run, 6)
+    events, rename = [], os.replace
+    for module in (files, checkpoint, log):
+        monkeypatch.setattr(module, "flush", lambda path: events.append(path.name))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"-> {Path(b).name}"), rename(a, b)))
+    train(quick_config(save_every=0, resume=True))
+    renamed = events.index("-> step_000008")
+    names = {path.name for path in (run / "step_000008").iterdir()}
+    assert names | {".checkpoint.tmp", "log.jsonl"} <= {*events[:renamed]}
+    assert events[renamed + 1] == "log"
+
+
+def test_other_processes_wait_while_a_checkpoint_is_looked_for_or_saved(monkeypatch):
+    works, on_main = [], World.on_main
+    monkeypatch.setattr(World, "on_main", lambda world, work: (works.append(work), on_main(world, work))[1])
+    train(quick_config(max_steps=2, save_every=1, resume=True))
+    assert len(works) == 3  # a search, two saves
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common import device
+from common import device, processes
 from common.script import UsageError
 from model import PRESETS
 from recipes import RECIPES, fill_defaults
@@ -129,3 +129,35 @@ def test_without_a_driver_auto_is_what_is_there(monkeypatch, tmp_path):
 def test_the_peak_is_that_of_the_card_or_not_known(monkeypatch, name, tera):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
     assert device.peak_flops(torch.device("cuda", 0)) == (tera and tera * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "native", "dtype"),
+    [
+        ("cuda", True, "bfloat16"),
+        ("cuda", False, "float16"),
+        ("cpu", True, "bfloat16"),
+        ("cpu", False, "float32"),
+        ("mps", True, "float32"),
+    ],
+)
+def test_the_automatic_type_is_the_fastest_that_is_not_emulated(monkeypatch, kind, native, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    monkeypatch.setattr("recipes.can_compile", lambda device: False)
+    assert fill_defaults(RECIPES["gpt2"], torch.device(kind), PRESETS["gpt2"]).dtype == dtype
+
+
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own_that_is_there(machine, monkeypatch):
+    machine(capability=(9, 0))
+    calls = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with processes.start_processes("auto", timeout=1) as world:
+        assert world.device == torch.device("cuda", 3) and calls == [world.device, "high"]
+    with pytest.raises(UsageError, match="cuda:8 does not exist: this machine has 8"):
+        device.choose_device("cuda", 8)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from conftest import ROOT, flags_of, records, run_script, tiny_config
 import train_gpt2
 from common.checkpoint import checkpoints, newest_checkpoint
 from common.files import sha256
-from common.processes import World
+from common.processes import World, start_processes, stop_signals
 from common.script import DataError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -101,7 +102,50 @@ def test_the_evaluation_of_the_step_that_a_signal_ended_is_made_up_for(shards, t
     assert list(logged(tmp_path / "log", "val_loss")) == [0, 4, 6]
 
 
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_two_signals_are_collected_a_third_ends_at_once_and_the_handler_is_put_back(kind):
+    before = signal.getsignal(kind)
+    with stop_signals() as received:
+        signal.raise_signal(kind)
+        signal.raise_signal(kind)
+        assert received == [kind, kind]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(kind)
+    assert signal.getsignal(kind) == before
+
+
+@pytest.mark.usefixtures("small_debug")
+def test_a_signal_to_another_process_stops_this_one_too(shards, monkeypatch, capsys):
+    any_rank = World.any_rank
+    monkeypatch.setattr(World, "any_rank", lambda world, c: isinstance(c, list) or any_rank(world, c))
+    train_gpt2.train(tiny_config())
+    assert "stopped by a signal" in capsys.readouterr().out
+
+
 # ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_the_timeout_is_that_of_the_process_group(monkeypatch):
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    given = {}
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda url, timeout: iter([("store", 0, 2)]))
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **settings: given.update(settings))
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    with start_processes("cpu", timeout=7):
+        assert given["timeout"] == timedelta(seconds=7)
+    asked = []
+
+    def recorded(device, timeout):
+        asked.append(timeout)
+        raise DataError("enough")
+
+    monkeypatch.setattr(train_gpt2, "start_processes", recorded)
+    with pytest.raises(DataError, match="enough"):
+        train_gpt2.train(tiny_config(timeout=7))
+    assert asked == [7]
+
 
 WORLD = """
 import os, sys

@@ -337,6 +337,28 @@ def test_a_file_that_changed_since_an_interruption_is_refused(tmp_path):
         build("--input", "a.jsonl", "--shard_size", 50, "--out_dir", "out")
 
 
+def test_an_interrupted_build_stops_at_max_tokens_too(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    flags = ["--input", "a.jsonl", "--shard_size", 500, "--max_tokens", 1700]
+    build(*flags, "--out_dir", "whole")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(fineweb.shards, "summary", lambda counts: 1 / 0)
+        build(*flags, "--out_dir", "torn")
+    build(*flags, "--out_dir", "torn")
+    assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "named"), [("--max_tokens", 2000, "max_tokens"), ("--text_column", "url", "source")]
+)
+def test_a_directory_is_not_taken_for_one_of_another_length_or_column(tmp_path, flag, value, named):
+    write_jsonl(tmp_path / "a.jsonl", STRANGE)
+    flags = ["--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out"]
+    build(*flags)
+    with pytest.raises(UsageError, match=f"begun with {named}"):
+        build(*flags, flag, value)
+
+
 def test_a_begun_directory_keeps_its_settings_and_its_shards(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", STRANGE)
     build("--input", "a.jsonl", "--shard_size", 1000, "--out_dir", "out")

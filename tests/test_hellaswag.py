@@ -1,7 +1,7 @@
 """HellaSwag in batches equals HellaSwag one ending at a time; its file is fetched whole or not at all."""
 
-import functools
 import errno
+import functools
 import hashlib
 import http.server
 import json
@@ -417,3 +417,31 @@ def test_where_its_losses_are_not_finite_training_goes_on_without_the_score(serv
     train_gpt2.train(config)
     assert [record["step"] for record in log_records(tmp_path) if "loss" in record] == [1, 2]
     assert "hellaswag" not in (tmp_path / "log" / "log.jsonl").read_text()
+
+
+def test_where_another_process_has_no_file_this_one_goes_on_without_it(config, monkeypatch):
+    monkeypatch.setattr(World, "any_rank", lambda world, condition: True)
+    assert train_gpt2.load_hellaswag(config, World(1, 2, torch.device("cpu"), local_rank=1), None) is None
+
+
+def test_the_limit_and_the_size_of_a_batch_reach_the_scoring(tmp_path, monkeypatch, capsys):
+    save_gpt(random_gpt(24), tmp_path / "log" / "step_000010")
+    write(tmp_path / "a.jsonl", make_examples(5))
+    asked = []
+
+    def count(gpt, questions, batch_tokens, progress):
+        asked.append((len(questions), batch_tokens))
+        return torch.zeros(2, 2, dtype=torch.long)
+
+    monkeypatch.setattr(hellaswag, "count_correct", count)
+    hellaswag.main("--data a.jsonl --limit 3 --batch_tokens 77 --device cpu".split())
+    assert asked == [(6, 77)] and capsys.readouterr().out.startswith("3 examples")
+
+
+def test_a_server_that_stalls_is_given_up(monkeypatch):
+    def urlopen(url, timeout):
+        raise TimeoutError(f"nothing for {timeout} s")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(DataError, match=r"nothing for \d+ s.*--data FILE"):
+        hellaswag.download()

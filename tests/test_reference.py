@@ -165,3 +165,7 @@ def test_the_readme_shows_the_files_figures():
         figures = (f"{band[step].mean:.4f} ± {band[step].sd:.4f}" for band in (val, hellaswag))
         (line,) = [line for line in readme.splitlines() if line.startswith(f"| {step:,}")]
         assert f"| {' | '.join(figures)} |" in line
+
+
+def test_the_default_shards_are_those_of_the_others():
+    assert fineweb.FinewebConfig().tokens_per_shard == read_reference()["data"]["val_tokens"]

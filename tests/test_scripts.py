@@ -23,6 +23,7 @@ import plot
 import sample
 import train_gpt2
 from common import script
+from common.checkpoint import read_record
 from common.huggingface import save_gpt
 from common.script import DataError, UsageError
 from common.tokenizer import END_OF_TEXT, encode
@@ -587,6 +588,12 @@ def test_two_processes_validate_on_a_single_row_as_one_does(resumed_by_two, trai
     assert same_values(one, two) and one[4] != records(trained / "log", "val_loss")[4]
 
 
+def test_two_processes_count_what_one_counts(trained, trained_by_two):
+    one, two = (read_record(run / "log" / "step_000004") for run in (trained, trained_by_two))
+    for key in ("step", "tokens", "position", "skipped"):
+        assert one[key] == two[key], key
+
+
 @pytest.fixture
 def rendezvous():
     """The environment of two processes that meet on a free port, but for their ranks."""
@@ -674,3 +681,18 @@ def test_two_compiled_processes_give_the_losses_of_one_eager(trained, tmp_path):
     assert finished.returncode == 0, finished.stderr
     eager, compiled = records(trained / "log"), records(directory / "compiled")
     assert eager and all(compiled[step] == pytest.approx(eager[step], abs=1e-3) for step in eager)
+
+
+@pytest.mark.parametrize(("top_k", "passed"), [(7, 7), (0, None)])
+def test_the_sampling_flags_reach_the_model(monkeypatch, top_k, passed):
+    asked = {}
+
+    def stream(gpt, idx, count, **sampling):
+        asked.update(sampling, count=count)
+        return iter(())
+
+    monkeypatch.setattr(sample.GPT, "stream", stream)
+    config = sample.SampleConfig(temperature=0.7, top_k=top_k, top_p=0.9, max_new_tokens=5, seed=3)
+    list(sample.continuation(small_gpt(n_layer=1), config, "a", number=1))
+    assert asked.pop("generator").initial_seed() == 4
+    assert asked == {"temperature": 0.7, "top_k": passed, "top_p": 0.9, "count": 5}

@@ -1,5 +1,6 @@
 """The loop computes what it says: the same batches, losses and updates however the work is divided."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -12,6 +13,7 @@ import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,13 +28,21 @@ import plot
 import sample
 import train_gpt2
 from common import reference, tokenizer
-from common.batches import Batches
+from common.batches import Batch, Batches
 from common.huggingface import load_gpt, save_gpt
 from common.processes import World
 from common.script import DataError, UsageError
 from common.shards import load_manifest, open_shards, save_manifest
-from model import GPT, GPTConfig
-from recipes import RECIPES, TrainConfig, batch_tokens, fill_defaults, learning_rate, parse_config
+from model import GPT, MLP, PRESETS, GPTConfig
+from recipes import (
+    RECIPES,
+    TrainConfig,
+    batch_tokens,
+    default_data_dir,
+    fill_defaults,
+    learning_rate,
+    parse_config,
+)
 from train_gpt2 import train
 
 CPU = torch.device("cpu")
@@ -310,6 +320,18 @@ def test_only_the_chosen_attention_backend_is_enabled_in_training_and_evaluation
     assert enabled_backends() == before
 
 
+def test_masks_and_single_queries_are_announced_to_the_choice_of_a_backend(shards, hellaswag_file, monkeypatch):
+    announced = []
+
+    def recorded(config, device, masked=False):
+        announced.append(masked)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(train_gpt2, "attention_backend", recorded)
+    train(tiny_config(max_steps=1, eval_every=0, hellaswag_every=1, sample_every=1))
+    assert announced == [False, True, True, True, True]  # the run, and HellaSwag and samples before and after the step
+
+
 def test_on_a_gpu_the_automatic_choice_is_any_in_training_and_not_cudnn_where_shapes_vary(monkeypatch):
     zeros, gpu, before = torch.zeros, torch.device("cuda"), enabled_backends()
     monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))  # not on the GPU
@@ -318,6 +340,11 @@ def test_on_a_gpu_the_automatic_choice_is_any_in_training_and_not_cudnn_where_sh
         assert enabled_backends() == before
     with train_gpt2.attention_backend(config, gpu, masked=True):
         assert set(enabled_backends()) == {f"{name}_sdp_enabled" for name in ("flash", "mem_efficient", "math")}
+
+
+def test_a_model_that_was_compiled_for_another_backend_is_not_taken_from_the_cache():
+    with train_gpt2.attention_backend(tiny_config(attention="math"), CPU):
+        assert torch.compiler.config.cache_key_tag == "attention math"
 
 
 def test_the_choice_of_a_backend_ends_with_the_run(shards):
@@ -677,3 +704,127 @@ def test_a_run_with_the_others_settings_shows_and_draws_them_beside_its_own(
     assert [int(line.split()[1]) for line in shown] == beside
     assert sum("is far from" in line for line in printed) == bool(beside)
     assert list(records(tmp_path / "log", "reference").values()) == [bool(beside)]
+
+
+# ---- settings reach what they set ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_model_is_compiled_if_that_is_asked_for(monkeypatch, compile):
+    disabled = []
+    monkeypatch.setattr(torch, "compile", lambda model, disable, **_: disabled.append(disable) or model)
+    new_trainer(compile=compile)
+    assert disabled == [not compile]
+
+
+def test_all_work_is_done_in_the_type_that_is_asked_for(shards, hellaswag_file, monkeypatch):
+    seen, forward = set(), MLP.forward
+
+    def watched(mlp, x):
+        y = forward(mlp, x)
+        seen.add((torch.is_grad_enabled(), y.dtype))
+        return y
+
+    monkeypatch.setattr(MLP, "forward", watched)
+    every = dict.fromkeys(("eval_every", "hellaswag_every", "sample_every", "monitor_every"), 1)
+    train(tiny_config(dtype="bfloat16", max_steps=1, **every))
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize(("optimizer", "rates"), [("adamw", {1e-3}), ("muon", {1e-3, 3e-3})])
+def test_the_optimizer_has_the_settings_that_are_asked_for(optimizer, rates):
+    settings = {"max_lr": 1e-3, "muon_lr": 3e-3, "beta1": 0.7, "beta2": 0.8, "weight_decay": 0.3}
+    groups = train_gpt2.make_optimizer(GPT(SIZES), TrainConfig(optimizer=optimizer, **settings), ALONE).param_groups
+    assert {group["lr"] for group in groups} == rates
+    assert {group["betas"] for group in groups} == {(0.7, 0.8)}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+
+
+def first_batch(shards, **changes):
+    with contextlib.closing(train_gpt2.read_batches(new_trainer(**changes), open_shards(shards))) as batches:
+        return next(batches)
+
+
+def test_batches_have_the_order_and_the_size_that_are_asked_for(shards):
+    plain, shuffled = first_batch(shards), first_batch(shards, shuffle=True)
+    assert len({plain.digest, shuffled.digest, first_batch(shards, shuffle=True, seed=1).digest}) == 3
+    ramp = first_batch(shards, initial_batch_size=64, batch_ramp_tokens=1000)
+    assert [batch.micro_batches[..., 1:].numel() for batch in (plain, ramp)] == [128, 64]
+
+
+def test_a_steps_line_has_the_rate_the_share_of_all_devices_peak_and_the_hours_left(monkeypatch):
+    with torch.device("meta"):
+        weights = 124_439_808 + 47 * 768 - 1024 * 768  # with the embedding's padding, without positions
+        assert GPT(PRESETS["gpt2"]).flops_per_token() == 6 * weights + 12 * 12 * 768 * 1024
+    trainer, logged = new_trainer(max_steps=8), {}
+    trainer.world, trainer.state.step = World(0, 2, CPU), 2
+    monkeypatch.setattr(train_gpt2, "peak_flops", lambda device: trainer.state.gpt.flops_per_token())
+    log = SimpleNamespace(write=lambda text, **record: logged.update(record, text=text))
+    batch = Batch(torch.zeros(4, 2, 17), 0, "")  # 128 tokens on each of two processes
+    train_gpt2.log_step(trainer, log, batch, 3.0, 1.0, seconds=600.0)
+    assert logged["tokens_per_second"] == pytest.approx(256 / 600)
+    assert logged["mfu"] == pytest.approx(256 / 600 / 2)
+    assert "| 600000 ms |" in logged["text"] and "| 1.00 h left" in logged["text"]
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_sample_is_built_once_by_the_main_process_for_which_the_others_wait(make_shards, monkeypatch):
+    ready, built = make_shards(name="ready"), []
+
+    def build(config):
+        built.append(config.sample)
+        shutil.copytree(ready, config.directory)
+
+    monkeypatch.setattr(fineweb, "build", build)
+    config = fill_defaults(tiny_config(data_dir=None), CPU, SIZES)
+    with monkeypatch.context() as patch:
+        patch.setattr(World, "agree", lambda world, text: True)
+        patch.setattr(World, "barrier", lambda world: shutil.copytree(ready, "sample_shards"))  # by the main process
+        train_gpt2.load_shards(config, World(1, 2, CPU))
+    assert not built
+    shutil.rmtree("sample_shards")
+    for _ in range(2):
+        train_gpt2.load_shards(config, ALONE)
+    assert built == [True]
+
+
+def test_the_full_shards_are_debugs_default_only_where_they_are_complete(make_shards):
+    def defaults():
+        return [default_data_dir(model) for model in ("gpt2", "debug")]
+
+    assert defaults() == ["edu_fineweb10B", "sample_shards"]
+    directory = make_shards(name="edu_fineweb10B")
+    assert defaults() == ["edu_fineweb10B"] * 2
+    manifest = load_manifest(directory)
+    for entry in manifest["shards"]:
+        entry["next"] = {"file": 0, "document": 1, "token": 1}
+    save_manifest(directory, manifest | {"complete": False})
+    assert defaults() == ["edu_fineweb10B", "sample_shards"]
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"), [({}, "--block_size"), ({"block_size": 8, "total_batch_size": 384}, "--total_batch_size")]
+)
+def test_shards_that_lack_one_token_are_refused_with_the_flag_to_lower(make_shards, change, flag):
+    make_shards(tokens=400, shard_size=16, name="few")  # 16 val and 384 train tokens
+    with pytest.raises(UsageError, match=f"few .*lower {flag}"):
+        train(tiny_config(data_dir="few", **change))
+
+
+# ---- HellaSwag on several processes ----------------------------------------------------------------------------------
+
+
+def test_where_another_processs_losses_are_not_finite_this_one_has_no_score_either(monkeypatch):
+    monkeypatch.setattr(hellaswag, "count_correct", lambda *_, **__: torch.ones(2, 2, dtype=torch.long))
+    monkeypatch.setattr(World, "any_rank", lambda world, condition: True)
+    with pytest.raises(FloatingPointError, match="another process"):
+        train_gpt2.score_hellaswag(new_trainer(), [])
+
+
+def test_right_answers_are_summed_over_the_processes(monkeypatch):
+    monkeypatch.setattr(hellaswag, "count_correct", lambda *_, **__: torch.tensor([[1, 2], [3, 4]]))
+    monkeypatch.setattr(World, "sum", lambda world, values: 2 * values)  # another process has the same
+    scores = train_gpt2.score_hellaswag(new_trainer(), [None] * 8)
+    assert list(scores.values()) == [0.25, 0.5, 0.75, 1.0]  # of 16 questions, two for each example
