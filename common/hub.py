@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +95,7 @@ def explain_errors(attempt: str, remedy: str) -> Iterator[None]:
         raise DataError(f"cannot {attempt}: {reason(error)}; run the same command again, or {remedy}") from None
 
 
-def reason(error: BaseException) -> str:
+def reason(error: Exception) -> str:
     """The error on one line, with its cause, which may be all that tells a rate limit from a lost connection."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{text} ({reason(error.__cause__)})" if error.__cause__ else text
+    text, cause = " ".join(str(error).split()) or type(error).__name__, error.__cause__
+    return f"{text} ({textwrap.shorten(str(cause), 48, placeholder=' ...')})" if cause else text
