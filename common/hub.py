@@ -8,7 +8,6 @@ import itertools
 import os
 import re
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +49,10 @@ def fetch_file(dataset: str, path: str, revision: str, directory: Path | None) -
             try:
                 return try_to_fetch(dataset, path, revision, directory)
             except Exception as error:
-                print(f"trying again in {pause} s: {escape(f'{path} could not be had: {reason(error)}')}", flush=True)
+                print(
+                    f"trying again in {pause} s: {escape(f'{path} could not be had: {reason(error.__cause__ or error)}')}",
+                    flush=True,
+                )
                 time.sleep(pause)
         return try_to_fetch(dataset, path, revision, directory)
 
@@ -95,7 +97,5 @@ def explain_errors(attempt: str, remedy: str) -> Iterator[None]:
         raise DataError(f"cannot {attempt}: {reason(error)}; run the same command again, or {remedy}") from None
 
 
-def reason(error: Exception) -> str:
-    """The error on one line, with its cause, which may be all that tells a rate limit from a lost connection."""
-    text, cause = " ".join(str(error).split()) or type(error).__name__, error.__cause__
-    return f"{text} ({textwrap.shorten(str(cause), 48, placeholder=' ...')})" if cause else text
+def reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
