@@ -49,10 +49,8 @@ def fetch_file(dataset: str, path: str, revision: str, directory: Path | None) -
             try:
                 return try_to_fetch(dataset, path, revision, directory)
             except Exception as error:
-                print(
-                    f"trying again in {pause} s: {escape(f'{path} could not be had: {reason(error.__cause__ or error)}')}",
-                    flush=True,
-                )
+                failure = f"{path} could not be had: {reason(error.__cause__ or error)}"
+                print(f"trying again in {pause} s: {escape(failure)}", flush=True)
                 time.sleep(pause)
         return try_to_fetch(dataset, path, revision, directory)
 
