@@ -402,11 +402,11 @@ def build(config: FinewebConfig) -> dict:
     make_directory(config.directory)
     try:
         with lock(config.directory / ".lock"):
-            manifest, downloads = open_manifest(config, identity), config.directory / DOWNLOADS
+            manifest = open_manifest(config, identity)
             if not manifest["complete"]:
                 write_shards(config, manifest)
             if not config.input:  # which may lie there
-                shutil.rmtree(downloads, ignore_errors=True)
+                shutil.rmtree(config.directory / DOWNLOADS, ignore_errors=True)
     except OSError as error:
         remedy = "finished shards are intact; fix the cause, and run the same command again"
         raise DataError(f"cannot build {config.directory} ({error}): {remedy}") from None
