@@ -223,8 +223,7 @@ def findings(part: Callable[[Check], Iterator[Finding]], check: Check) -> Iterat
 def run(config: CheckConfig) -> bool:
     """Print a line on each finding, and all figures as JSON; returns whether all is well."""
     script.check_settings(config)
-    with contextlib.ExitStack() as stack:
-        world = stack.enter_context(start_processes(config.device, timeout=600))
+    with start_processes(config.device, timeout=600) as world, contextlib.ExitStack() as stack:
         if fixed.ROWS % world.size:
             raise UsageError(f"{world.size} processes: start 1, 2, 4 or 8, on one machine at a time")
         recipe = recipes.recipe(config.model or recipes.default_model(world.device), config.optimizer)

@@ -255,18 +255,18 @@ def read_documents(config: FinewebConfig, names: list[str], start: Place) -> Ite
     files = ((number, read_file(config, names[number])) for number in range(start.file, len(names)))
     for number, documents in prefetch(files, 1):
         first = start.document if number == start.file else 0
-        for batch in group_by_bytes(itertools.islice(documents, first, None), BATCH_BYTES):
+        for batch in group_by_bytes(itertools.islice(documents, first, None)):
             yield Documents(names[number], Place(number, first), batch)
             first += len(batch)
 
 
-def group_by_bytes(texts: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
-    """The texts in lists of at least `size` bytes, except the last."""
+def group_by_bytes(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """The texts in lists of at least BATCH_BYTES, except the last."""
     batch, total = [], 0
     for text in texts:
         batch.append(text)
         total += len(text) + 1  # so that empty texts count too
-        if total >= size:
+        if total >= BATCH_BYTES:
             yield batch
             batch, total = [], 0
     if batch:
@@ -452,17 +452,11 @@ def write_shards(config: FinewebConfig, manifest: dict) -> None:
             if following is None:
                 manifest.update(shards.summary(counts), complete=True)
             shards.save_manifest(directory, manifest)
-            if following:
-                remove_downloads(config, names[: following.file])
+            if following and downloads:
+                for name in names[: following.file]:  # whose documents are in shards
+                    (downloads / name).unlink(missing_ok=True)
     if not manifest["complete"]:
         raise DataError("the source holds no text")
-
-
-def remove_downloads(config: FinewebConfig, names: list[str]) -> None:
-    """Remove files of the Hub whose documents are in shards, unless they lie in the library's own cache."""
-    if directory := download_dir(config):
-        for name in names:
-            (directory / name).unlink(missing_ok=True)
 
 
 def make_shards(

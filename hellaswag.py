@@ -47,24 +47,24 @@ class HellaswagConfig:
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
 
 
-def download(path: Path = FILE) -> Path:
+def download() -> Path:
     """Fetch the official validation set unless it is there; raises DataError if that fails."""
     try:
-        if not path.is_file():
-            fetch(path)
+        if not FILE.is_file():
+            fetch()
     except (OSError, HTTPException) as error:
         raise DataError(f"cannot download {URL} ({error}): give a local copy with --data FILE") from None
-    if sha256(path) != SHA256:
-        raise DataError(f"{path} is not the official file (SHA-256 mismatch): delete it, or give it with --data")
-    return path
+    if sha256(FILE) != SHA256:
+        raise DataError(f"{FILE} is not the official file (SHA-256 mismatch): delete it, or give it with --data")
+    return FILE
 
 
-def fetch(path: Path) -> None:
+def fetch() -> None:
     """Download the file, or raise OSError or HTTPException and leave nothing; of several processes, one downloads."""
-    with lock(path.absolute().with_name(f"{path.name}.lock")):
-        if path.is_file():
+    with lock(FILE.absolute().with_name(f"{FILE.name}.lock")):
+        if FILE.is_file():
             return
-        with atomic_write(path) as temporary, urllib.request.urlopen(URL, timeout=10) as response:
+        with atomic_write(FILE) as temporary, urllib.request.urlopen(URL, timeout=10) as response:
             temporary.write_bytes(response.read())
             if sha256(temporary) != SHA256:
                 raise OSError("SHA-256 mismatch")
@@ -208,10 +208,7 @@ def ending_losses(gpt: GPT, questions: list[Question], batch_tokens: int, progre
 
 
 def count_correct(gpt: GPT, questions: list[Question], batch_tokens: int = 8192, progress: bool = False) -> Tensor:
-    """How many questions of each scoring the model answers right, by `acc` and by `acc_norm`: integers (2, 2).
-
-    Raises FloatingPointError if the model's losses are not finite.
-    """
+    """Right answers of each scoring, by `acc` and `acc_norm`: integers (2, 2); raises what `ending_losses` raises."""
     correct = torch.zeros(len(SCORINGS), 2, dtype=torch.long)
     for question, losses in zip(questions, ending_losses(gpt, questions, batch_tokens, progress), strict=True):
         # identical endings tie, whatever their rounding, and the first wins

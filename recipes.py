@@ -140,8 +140,12 @@ MUST_MATCH = script.marked_fields(TrainConfig, "must match on resume")
 
 def parse_config(argv: list[str] | None, description: str | None) -> TrainConfig:
     """The command line's settings; their defaults depend on the size, and on the run that is resumed."""
-    flags = script.parse_known_flags(TrainConfig, argv)
-    return script.parse_flags(TrainConfig, argv, description, default_config(flags))
+    default = default_config(script.parse_known_flags(TrainConfig, argv))
+    config = script.parse_flags(TrainConfig, argv, description, default)
+    for name, setting, needed in (("muon_lr", "optimizer", "muon"), ("decay_fraction", "schedule", "linear")):
+        if getattr(config, name) != getattr(default, name) and getattr(config, setting) != needed:
+            raise UsageError(f"--{name} has no effect without --{setting} {needed}")
+    return config
 
 
 def default_config(flags: TrainConfig) -> TrainConfig:

@@ -42,7 +42,7 @@ from common.prefetch import prefetch
 from common.processes import World, start_processes, stop_signals
 from common.reference import Comparison
 from common.script import DataError, UsageError
-from common.sharding import gather, gather_gpt, settle_gradients, wrap
+from common.sharding import gather, gather_gpt, wrap
 from common.shards import SAMPLE_DATA, Shard, Shards, load_manifest, open_shards
 from common.tokenizer import END_OF_TEXT, decode, encode
 from model import GPT, PRESETS, GPTConfig
@@ -145,8 +145,10 @@ def make_trainer(config: TrainConfig, world: World, gpt: GPT) -> Trainer:
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
     trainer = Trainer(config, world, TrainingState(gpt, optimizer, scaler), model)
     if world.size > 1:
-        rows = torch.zeros(config.batch_size, config.block_size + 1, dtype=torch.long, device=world.device)
-        settle_gradients(model, rows, trainer.autocast())
+        # DDP arranges its buckets after a first pass: else a resumed run's first step would add in another order
+        rows = torch.zeros(1, config.batch_size, config.block_size + 1, dtype=torch.long, device=world.device)
+        accumulate_gradients(trainer, rows)
+        model.zero_grad(set_to_none=False)
     return trainer
 
 
@@ -250,7 +252,6 @@ def load_hellaswag(config: TrainConfig, world: World, shards: Shards) -> list[he
 def score_hellaswag(trainer: Trainer, questions: list[hellaswag.Question]) -> dict[str, float]:
     """The accuracies by their names, over the questions of all processes."""
     world, error = trainer.world, None
-    correct = torch.zeros(2, 2, dtype=torch.long)
     gpt = gather_gpt(trainer.state.gpt, world.device)
     with trainer.autocast(), attention_backend(trainer.config, world.device, masked=True):
         try:
@@ -290,15 +291,15 @@ def attention_logit(trainer: Trainer, val: Shard) -> dict[str, float]:
 class Evaluation:
     """Something that is evaluated now and then."""
 
-    name: str  # in the summary of time
+    name: str  # in the summary of time; what its numbers' names begin with
     every: str  # the setting that says how often
     load: Callable[[TrainConfig, World, Shards], Any]  # its data, on each rank; None to leave it out
     score: Callable[[Trainer, Any], dict[str, float]]  # numbers for the log, on all ranks alike
 
 
 EVALUATIONS = (
-    Evaluation("validation", "eval_every", lambda config, world, shards: shards.val, validation_loss),
-    Evaluation("HellaSwag", "hellaswag_every", load_hellaswag, score_hellaswag),
+    Evaluation("val", "eval_every", lambda config, world, shards: shards.val, validation_loss),
+    Evaluation("hellaswag", "hellaswag_every", load_hellaswag, score_hellaswag),
     Evaluation("attention", "monitor_every", lambda config, world, shards: shards.val, attention_logit),
     Evaluation("samples", "sample_every", lambda config, world, shards: sample.PROMPT, write_samples),
 )
@@ -362,7 +363,7 @@ def resume_run(config: TrainConfig, world: World, directory: Path, shards: Shard
     record = checkpoint.read_record(directory)
     before = replace(config, max_steps=record["config"].get("max_steps", config.max_steps))
     last = max(record["step"] - 1, 0)  # if schedules differ at any completed step, they differ at the last one
-    if learning_rate(before, last) != learning_rate(config, last):
+    if not math.isclose(learning_rate(before, last), learning_rate(config, last)):
         raise UsageError(f"--max_steps {config.max_steps} changes learning rates of steps done with {before.max_steps}")
     if record["data"] != shards.identity:
         raise UsageError(f"the shards in --data_dir {config.data_dir} are not those the run was begun with")
@@ -375,12 +376,12 @@ def resume_run(config: TrainConfig, world: World, directory: Path, shards: Shard
     return trainer
 
 
-def open_log(trainer: Trainer, shards: Shards, clock: Clock) -> Log:
+def open_log(trainer: Trainer, shards: Shards, clock: Clock, data: dict[str, Any]) -> Log:
     """The run's log, which begins with what this process group is."""
     config, world, step, out_dir = trainer.config, trainer.world, trainer.state.step, Path(trainer.config.out_dir)
-    tracker = Tracker(config.tracker if world.is_main else "none", out_dir, asdict(config))
+    tracker = Tracker(config.tracker, out_dir, asdict(config))
     log = Log(out_dir, tracker, Comparison(config, shards), clock, enabled=world.is_main)
-    redo = any(is_due(getattr(config, evaluation.every), step) for evaluation in EVALUATIONS)
+    redo = [e.name for e in EVALUATIONS if data[e.name] is not None and is_due(getattr(config, e.every), step)]
     log.start(step, redo, processes=world.size, unigram_loss=shards.unigram_loss, reference=log.comparison.applies)
     return log
 
@@ -437,7 +438,6 @@ def print_summary(trainer: Trainer, shards: Shards) -> None:
 def log_step(
     trainer: Trainer, log: Log, batch: Batch, loss: float, norm: float, seconds: float, **update: float
 ) -> None:
-    """Log the last optimizer step."""
     config, state = trainer.config, trainer.state
     tokens = batch.micro_batches[..., 1:].numel() * trainer.world.size
     rate, peak = tokens / seconds, peak_flops(trainer.world.device)
@@ -520,7 +520,7 @@ def train(config: TrainConfig) -> None:
             return
         data = {evaluation.name: evaluation.load(config, world, shards) for evaluation in EVALUATIONS}
         batches = stack.enter_context(contextlib.closing(read_batches(trainer, shards)))
-        log = open_log(trainer, shards, clock)
+        log = open_log(trainer, shards, clock, data)
         while True:
             finished = state.step >= config.max_steps
             stopping = world.any_rank(signals) and not finished
@@ -534,7 +534,7 @@ def train(config: TrainConfig) -> None:
             with clock.measure("steps"):
                 take_step(trainer, log, batches)
             stop_if_diverged(trainer)
-        log.write_seconds(state.step)
+        log.write_seconds(state.step, finished)
         log.close(finished)
         world.barrier()  # for the main process to save
         how = f"finished: {config.out_dir}/step_{state.step:06d}"

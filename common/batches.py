@@ -42,10 +42,7 @@ class Batches:
         self.rows = int(self.shard_starts[-1] - 1) // block_size  # in an epoch
 
     def read(self, position: int, batch_size: int, batch_tokens: Callable[[int], int], world: World) -> Iterator[Batch]:
-        """This process's part of each batch from a position on, without end.
-
-        Micro-batches have `batch_size` rows; a batch at position p, `batch_tokens(p)` tokens.
-        """
+        """This process's part of each batch from a position on, without end; that at p has `batch_tokens(p)` tokens."""
         while True:
             starts, position = self.row_starts(position, batch_tokens(position))
             if world.is_main:  # the log has the whole batch's hash

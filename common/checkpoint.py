@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from common.sharding import divide_like, gather, gather_gpt
 from common.tokenizer import save_tokenizer
 
 NEEDED = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json")  # to resume
+TEMPORARY = ".checkpoint.tmp"  # a directory that is being written or removed
 
 
 @dataclass
@@ -93,11 +95,8 @@ def take_snapshot(state: TrainingState, world: World) -> Snapshot:
 
 
 def save_checkpoint(out_dir: Path, snapshot: Snapshot, record: dict, card: str) -> None:
-    """Write a checkpoint that is either complete or absent; raises OSError if the disk does not take it.
-
-    `record` is added to trainer.json.
-    """
-    temporary = out_dir / ".checkpoint.tmp"
+    """Write a checkpoint, complete or absent, with `record` in its trainer.json; raises OSError if the disk is full."""
+    temporary = out_dir / TEMPORARY
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -137,7 +136,9 @@ def prune(out_dir: Path, keep: int, milestone_every: int) -> None:
     """Remove all but the newest `keep` checkpoints and those at multiples of `milestone_every`."""
     for step, directory in list(checkpoints(out_dir).items())[keep:]:
         if not (milestone_every and step % milestone_every == 0):
-            shutil.rmtree(directory, ignore_errors=True)
+            with contextlib.suppress(OSError):  # renamed first: a kill must not leave a part of a checkpoint
+                os.replace(directory, out_dir / TEMPORARY)
+            shutil.rmtree(out_dir / TEMPORARY, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:
@@ -170,12 +171,12 @@ def source_entry(value: str | list[list[str]]) -> str:
 # ---- resuming --------------------------------------------------------------------------------------------------------
 
 
-def newest_checkpoint(out_dir: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that has all that resuming needs, and what is wrong with those that are newer."""
+def newest_checkpoint(out_dir: Path, names: Sequence[str] = NEEDED) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint in which the files of these names are whole, and what is wrong with newer ones."""
     errors = {}
     for directory in checkpoints(out_dir).values():
         try:
-            changed = changed_files(directory, NEEDED)
+            changed = changed_files(directory, names)
             if not changed:
                 return directory, errors
             errors[directory] = f"{', '.join(changed)} changed since it was written"
@@ -213,34 +214,26 @@ def find_checkpoint(out_dir: Path, resume: bool, world: World) -> Path | None:
 
 def saved_settings(out_dir: Path) -> dict:
     """The settings that the newest checkpoint with an unchanged trainer.json holds; none without a checkpoint."""
-    for directory in checkpoints(out_dir).values():
-        with contextlib.suppress(DataError, OSError):
-            if not changed_files(directory, ["trainer.json"]):
-                return read_record(directory)["config"]
-    return {}
+    newest, _ = newest_checkpoint(out_dir, ["trainer.json"])
+    return read_record(newest)["config"] if newest else {}
 
 
 def read_record(directory: Path) -> dict:
-    """The content of trainer.json; raises DataError if a run cannot have saved it."""
+    """The content of trainer.json; raises DataError if a run at this step cannot have saved it."""
     record = read_json(directory / "trainer.json")
     try:
-        check_record(record, int(directory.name[5:]))
+        require_types(record, {"skipped": [], "scores": {}, "scaler": {}, "config": {}, "data": [], "versions": {}})
+        for score in record["scores"].values():
+            require_types(score, [0, 0.0])
+        skipped, skipped_in_a_row = record["skipped"][:2]
+        counts = [skipped_in_a_row, skipped, record["step"], record["tokens"], record["position"]]
+        require_types(counts, [0] * 5)
+        growing = [0, *counts, 2 * record["tokens"], 2**63]  # an epoch's end passes over less than it trains on
+        if record["step"] != int(directory.name[5:]) or growing != sorted(growing):
+            raise ValueError("its step, skipped, tokens and position cannot be")
     except (LookupError, TypeError, ValueError) as error:
         raise DataError(f"{directory / 'trainer.json'} is not a run's record: {error!r}") from None
     return record
-
-
-def check_record(record: dict, step: int) -> None:
-    """Raise LookupError, TypeError or ValueError unless trainer.json can be that of a run at this step."""
-    require_types(record, {"skipped": [], "scores": {}, "scaler": {}, "config": {}, "data": [], "versions": {}})
-    for score in record["scores"].values():
-        require_types(score, [0, 0.0])
-    skipped, skipped_in_a_row = record["skipped"][:2]
-    counts = [skipped_in_a_row, skipped, record["step"], record["tokens"], record["position"]]
-    require_types(counts, [0] * 5)
-    growing = [0, *counts, 2 * record["tokens"], 2**63]  # at an epoch's end, a step passes over less than it trains on
-    if record["step"] != step or growing != sorted(growing):
-        raise ValueError("its step, skipped, tokens and position cannot be")
 
 
 def require_types(content: object, example: object) -> None:

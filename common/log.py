@@ -58,15 +58,19 @@ class Log:
         self.comparison, self.clock = comparison, clock
         self.failing: set[str] = set()  # what fails at present, and has been warned of
 
-    def start(self, step: int, redo_evaluation: bool, **record: Any) -> None:
-        """Begin at a step, 0 or a checkpoint's: drop what lies past it, and its evaluation if that will be redone."""
+    def start(self, step: int, redo: list[str], **record: Any) -> None:
+        """Begin at a step, 0 or a checkpoint's: drop what lies past it, and what will be evaluated there again.
+
+        The names of the numbers that will be begin with one of `redo`.
+        """
         if not self.enabled:
             return
         # a power cut may leave a hole behind the checkpoint, before which the log was flushed
         records = read_log(self.path.parent, until=step) if step and self.path.exists() else []
-        last = step - 1 if redo_evaluation else step
-        kept = [r for r in records if r["step"] <= last or (r["step"] == step and ("loss" in r or "seconds" in r))]
-        run = next((r["run"] for r in kept if "run" in r), uuid.uuid4().hex)
+        prefixes = ("run", *redo)  # the record of an earlier start from here is replaced too
+        redone = [r for r in records if r["step"] == step and any(key.startswith(prefixes) for key in r)]
+        kept = [r for r in records if r["step"] <= step and r not in redone]
+        run = next((r["run"] for r in records if "run" in r), uuid.uuid4().hex)
         sent = max([r.get("sent", r["step"]) for r in records], default=0)  # the steps before were sent to a tracker
         kept.append({"step": step, "run": run, "sent": sent} | record)
         with atomic_write(self.path) as temporary:
@@ -109,11 +113,12 @@ class Log:
                 print(f"warning: {self.path} or its picture cannot be written: {error}; training continues", flush=True)
             self.failing.add(action.__name__)
 
-    def write_seconds(self, step: int) -> None:
-        """Append where the time went."""
+    def write_seconds(self, step: int, finished: bool) -> None:
+        """Append where the time went, and that a tracker has the last step too where `close` will send it."""
         seconds = self.clock.seconds()
         parts = ", ".join(f"{part} {seconds[part]:.1f} s" for part in seconds)
-        self.write(f"step {step:5d} | {sum(seconds.values()):.1f} s in all: {parts}", step=step, seconds=seconds)
+        text = f"step {step:5d} | {sum(seconds.values()):.1f} s in all: {parts}"
+        self.write(text, step=step, sent=step + finished, seconds=seconds)
 
     def close(self, finished: bool) -> None:
         self.tracker.close(finished)

@@ -40,8 +40,7 @@ def parse_flags(
 def parse_known_flags(config_class: type[Value], argv: list[str] | None) -> Value:
     """Parse only the known flags, leaving --help and the others to `parse_flags`."""
     with output_of_local_main():
-        config, _ = tyro.cli(config_class, args=argv, use_underscores=True, add_help=False, return_unknown_args=True)
-        return config
+        return tyro.cli(config_class, args=argv, use_underscores=True, add_help=False, return_unknown_args=True)[0]
 
 
 @contextlib.contextmanager

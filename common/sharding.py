@@ -53,18 +53,6 @@ def recompute_blocks(gpt: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def settle_gradients(model: nn.Module, rows: Tensor, autocast: torch.autocast) -> None:
-    """Run one backward pass, on rows (B, T + 1), after which DDP has arranged its buckets of gradients.
-
-    Their layout sets the order of its sums: else a resumed run's first step would add in another order than the same
-    step of the uninterrupted run.
-    """
-    with autocast:
-        loss = model(rows[:, :-1], rows[:, 1:])  # strided as in training, for which it is compiled here
-    loss.backward()
-    model.zero_grad(set_to_none=False)
-
-
 def shard(gpt: nn.Module, world: World) -> None:
     """Leave each process its rows of every weight, on its device; a block's weights are gathered while it is computed.
 
@@ -84,10 +72,7 @@ def is_divided(value: object) -> bool:
 
 
 def gather(value: Value, device: torch.device) -> Value:
-    """The whole of a tensor that is divided, on a device ("meta" drops it); any other value as it is.
-
-    All processes call this.
-    """
+    """The whole of a divided tensor, on a device ("meta" drops it); any other value itself. All processes call this."""
     return value.full_tensor().to(device) if is_divided(value) else value
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's pattern, which splits a text into words
 
-from common.files import first_difference, read_json, read_text, sha256, write_json
+from common.files import first_difference, is_unchanged, read_json, read_text, write_json
 from common.script import DataError
 
 N_TOKENS = 50257
@@ -29,16 +29,13 @@ SHA256 = {
 def encoding() -> tiktoken.Encoding:
     """GPT-2's encoding; raises DataError if a file of the vocabulary is missing or changed."""
     for name, digest in SHA256.items():
-        path = VOCABULARY / name
-        if not path.exists() or sha256(path) != digest:
-            raise DataError(f"{path} is missing or damaged: restore it with `git checkout vocabulary`")
+        if not is_unchanged(VOCABULARY / name, digest):
+            raise DataError(f"{VOCABULARY / name} is missing or damaged: restore it with `git checkout vocabulary`")
     bytes_of = byte_alphabet()
     ids = json.loads((VOCABULARY / "vocab.json").read_text(encoding="utf-8"))
-    end_of_text = next(text for text, id in ids.items() if id == END_OF_TEXT)
     ranks = {bytes(bytes_of[c] for c in text): id for text, id in ids.items() if id != END_OF_TEXT}
-    return tiktoken.Encoding(
-        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={end_of_text: END_OF_TEXT}
-    )
+    special = {"<|endoftext|>": END_OF_TEXT}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -81,9 +78,8 @@ def save_tokenizer(directory: Path, block_size: int) -> None:
     """Write the tokenizer's files into a checkpoint directory, as transformers' AutoTokenizer reads them."""
     for name in SHA256:
         shutil.copyfile(VOCABULARY / name, directory / name)
-    end_of_text = encoding().decode([END_OF_TEXT])
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, "add_prefix_space": False}
-    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), end_of_text)
+    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
     write_json(directory / "tokenizer_config.json", settings)
 
 

@@ -156,3 +156,17 @@ def records(directory, key="loss"):
     from common.log import read_log
 
     return {record["step"]: record[key] for record in read_log(directory) if key in record}
+
+
+def assert_moved_alike(directory, expected, seed, tolerance):
+    """The weights of two checkpoints moved from those of the seed in the same way, but for a share of the distance."""
+    import torch
+
+    from common.huggingface import load_gpt
+    from model import GPT
+
+    gpt, theirs = load_gpt(directory), load_gpt(expected).state_dict()
+    torch.manual_seed(seed)
+    begun = GPT(gpt.config).state_dict()
+    for name, weight in gpt.state_dict().items():
+        assert (weight - theirs[name]).norm() < tolerance * (theirs[name] - begun[name]).norm(), name

@@ -239,10 +239,9 @@ def test_an_interrupted_runs_log_has_the_records_of_the_uninterrupted_one(run, f
 
 
 def test_an_evaluation_that_is_due_by_itself_is_in_the_resumed_log_once(tmp_path, monkeypatch):
-    scores = {"hellaswag_nanogpt_acc": 0.25}
     evaluations = [
-        train_gpt2.Evaluation(every, every, lambda *_: True, lambda *_: scores)
-        for every in ("eval_every", "hellaswag_every")
+        train_gpt2.Evaluation("val", "eval_every", lambda *_: True, lambda *_: {"val_loss": 5.0}),
+        train_gpt2.Evaluation("hellaswag", "hellaswag_every", lambda *_: True, lambda *_: {"hellaswag_acc": 0.25}),
     ]
     monkeypatch.setattr(train_gpt2, "EVALUATIONS", evaluations)
     config = quick_config(hellaswag_every=2, save_every=2)
@@ -250,6 +249,21 @@ def test_an_evaluation_that_is_due_by_itself_is_in_the_resumed_log_once(tmp_path
     again = interrupt(tmp_path / "log", 2, copy="again")
     train(replace(config, out_dir="again", resume=True))
     assert log_of(again) == log_of(tmp_path / "log")
+
+
+def test_what_was_evaluated_at_the_checkpoint_and_is_not_again_stays_in_the_log(tmp_path):
+    config = quick_config(monitor_every=4)
+    train(config)
+    again = interrupt(tmp_path / "log", 4, copy="again")
+    train(replace(config, out_dir="again", resume=True, monitor_every=0))
+    assert list(records(again, "attention_logit")) == [0, 4] and list(records(again, "val_loss")) == [0, 4, 8]
+
+
+def test_the_last_evaluation_of_a_run_that_is_prolonged_stays_in_the_log(tmp_path):
+    config = quick_config(**CONSTANT, eval_every=3, monitor_every=4)
+    train(config)
+    train(replace(config, max_steps=12, resume=True))
+    assert list(records(tmp_path / "log", "val_loss")) == [0, 3, 6, 8, 9, 12]
 
 
 def test_the_schedule_may_be_prolonged_where_the_steps_done_stay_as_they_were(run, tmp_path):
@@ -261,6 +275,19 @@ def test_the_schedule_may_be_prolonged_where_the_steps_done_stay_as_they_were(ru
     assert ends[0].read_bytes() == ends[1].read_bytes()
     with pytest.raises(UsageError, match="--max_steps"):
         train(quick_config(max_steps=12, resume=True))
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_part_of_it(run, monkeypatch):
+    def killed(directory, ignore_errors):
+        if directory.exists():
+            (directory / "config.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(run, keep=1, milestone_every=0)
+    assert list(checkpoints(run)) == [8, 4, 2]
+    assert not any(files.changed_files(directory, checkpoint.NEEDED) for directory in checkpoints(run).values())
 
 
 def test_resuming_nothing_starts_a_run(tmp_path):

@@ -252,12 +252,17 @@ train_gpt2.script.run(train_gpt2.main)
 
 @pytest.mark.slow
 @with_and_without_shard
-def test_nan_in_one_processs_gradient_is_skipped_by_all(shards, tmp_path, shard):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_nan_in_one_processs_gradient_is_skipped_by_all(shards, tmp_path, shard, optimizer):
     (tmp_path / "poisoned.py").write_text(POISONED.format(root=str(ROOT)))
-    finished = run_script(tmp_path / "poisoned.py", *flags(max_steps=6, shard=shard), processes=2)
+    settings = {"max_steps": 6, "save_every": 1, "keep": 6, "shard": shard, "optimizer": optimizer}
+    finished = run_script(tmp_path / "poisoned.py", *flags(**settings), processes=2)
     assert finished.returncode == 0, finished.stderr
     assert logged(tmp_path / "log", "skipped") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
     assert all(loss is not None for loss in logged(tmp_path / "log").values())
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        before, after, later = ((tmp_path / "log" / f"step_00000{step}" / name).read_bytes() for step in (2, 3, 4))
+        assert before == after != later, name
 
 
 # ---- kills, signals, full disks; minutes -----------------------------------------------------------------------------

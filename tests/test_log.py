@@ -21,7 +21,7 @@ from common.script import DataError, UsageError
 NO_TRACKER = Tracker("none", None, {})
 
 
-def open_log(directory, step=0, redo=False, enabled=True, tracker=NO_TRACKER):
+def open_log(directory, step=0, redo=(), enabled=True, tracker=NO_TRACKER):
     log = Log(directory, tracker, comparison=None, clock=Clock(), enabled=enabled)
     log.start(step, redo, processes=1)
     return log
@@ -61,9 +61,9 @@ def test_the_terminal_shows_the_text(tmp_path, capsys):
 def test_where_the_time_went_is_shown_with_its_sum_and_logged(tmp_path, capsys, monkeypatch):
     log = open_log(tmp_path)
     monkeypatch.setattr(log.clock, "seconds", lambda: {"other": 1.25, "steps": 2.0})
-    log.write_seconds(7)
+    log.write_seconds(7, finished=True)
     assert capsys.readouterr().out == "step     7 | 3.2 s in all: other 1.2 s, steps 2.0 s\n"
-    assert read_log(tmp_path)[-1] == {"step": 7, "seconds": {"other": 1.25, "steps": 2.0}}
+    assert read_log(tmp_path)[-1] == {"step": 7, "sent": 8, "seconds": {"other": 1.25, "steps": 2.0}}
 
 
 def test_a_log_that_is_not_enabled_writes_and_prints_nothing(tmp_path, capsys):
@@ -145,12 +145,12 @@ def test_on_resuming_lines_past_the_checkpoint_are_dropped(tmp_path):
 
 def test_an_evaluation_that_will_be_made_again_is_dropped_and_the_steps_own_loss_is_not(tmp_path):
     write_steps(open_log(tmp_path), range(7))
-    open_log(tmp_path, step=4, redo=True)
+    open_log(tmp_path, step=4, redo=["val"])
     assert values(tmp_path, "loss") == {step: 10.0 - step for step in (1, 2, 3, 4)}
     assert values(tmp_path, "val_loss") == {0: 20.0, 2: 18.0}
 
 
-@pytest.mark.parametrize("redo", [False, True])
+@pytest.mark.parametrize("redo", [[], ["val"]])
 def test_a_run_resumed_twice_has_each_line_once(tmp_path, redo):
     write_steps(open_log(tmp_path), range(7))
     for step in (4, 2):
@@ -259,7 +259,7 @@ def library(request, monkeypatch):
     return library
 
 
-def track(library, directory, step=0, redo=False):
+def track(library, directory, step=0, redo=()):
     """The log of a run that is tracked, begun or resumed at a step."""
     tracker = Tracker(library.kind.split()[0], directory, {"max_steps": 6})
     return open_log(directory, step, redo, tracker=tracker)
@@ -283,7 +283,7 @@ def test_a_tracker_gets_the_settings_and_the_numbers_of_each_step(tmp_path, libr
     assert library.rows == [(0, {"processes": 1}), (1, {"loss": 2.0, "val_loss": 3.0})] and library.finished == 1
 
 
-@pytest.mark.parametrize("redo", [False, True])
+@pytest.mark.parametrize("redo", [[], ["val"]])
 @pytest.mark.parametrize("lost", [0, 1, 4])
 def test_a_run_that_is_killed_and_resumed_is_one_run_with_each_step_once(tmp_path, library, lost, redo):
     write_steps(track(library, tmp_path), range(8))
@@ -309,11 +309,22 @@ def test_the_evaluation_that_a_stopped_run_makes_up_for_is_tracked(tmp_path, lib
     write_steps(log, range(4))
     log.write("", step=4, loss=6.0)
     log.close(finished=False)
-    log = track(library, tmp_path, 4, redo=True)
+    log = track(library, tmp_path, 4, redo=["val"])
     log.write("", step=4, val_loss=16.0)
     log.close(finished=True)
     assert_tracked(library, tmp_path)
     assert library.rows[-1][1]["val_loss"] == 16.0
+
+
+def test_a_finished_run_that_is_prolonged_is_tracked_with_each_step_once(tmp_path, library):
+    log = track(library, tmp_path)
+    write_steps(log, range(4))
+    log.write_seconds(3, finished=True)
+    log.close(finished=True)
+    log = track(library, tmp_path, 3)
+    write_steps(log, [4])
+    log.close(finished=True)
+    assert_tracked(library, tmp_path)
 
 
 def test_a_copy_and_a_new_run_of_the_same_name_are_runs_of_their_own(tmp_path, library):

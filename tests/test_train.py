@@ -420,7 +420,7 @@ def test_the_log_and_the_end_of_a_run_account_for_all_its_time(shards, tmp_path,
     train(tiny_config(max_steps=8, sample_every=8))
     whole = time.perf_counter() - began
     (seconds,) = records(tmp_path / "log", "seconds").values()
-    assert list(seconds) == ["other", "validation", "samples", "picture", "steps", "saving"]
+    assert list(seconds) == ["other", "val", "samples", "picture", "steps", "saving"]
     assert all(part >= 0 for part in seconds.values()) and sum(seconds.values()) == pytest.approx(whole, abs=0.2)
     logged = sum(records(tmp_path / "log", "ms").values()) / 1000
     assert seconds["steps"] == pytest.approx(logged, abs=0.1)
