@@ -90,7 +90,7 @@ def read_batches(trainer: Trainer, shards: Shards) -> Iterator[Batch]:
 def make_optimizer(gpt: GPT, config: TrainConfig, world: World) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, none on biases and norms.
 
-    With --optimizer muon, the matrices of the blocks are updated by Muon instead, and they alone decay.
+    With --optimizer muon, Muon updates the matrices of the blocks, and only these have weight decay.
     """
     defaults = {"lr": config.max_lr, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
     matrices = [p for p in gpt.parameters() if p.dim() >= 2]

@@ -31,7 +31,7 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             if "momentum" in group:
                 self.update_matrices(group)
-        self.param_groups = [group for group in groups if "momentum" not in group]  # all that AdamW may see
+        self.param_groups = [group for group in groups if "momentum" not in group]  # AdamW would update the others too
         super().step()
         self.param_groups = groups
 
@@ -40,16 +40,15 @@ class Muon(torch.optim.AdamW):
         whole = torch.stack([gather(direction, self.world.device) for direction in directions])  # (N, out, in)
         matrices = whole.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (N * parts, out / parts, in)
         updates = orthogonalize_across_processes(matrices, self.world).reshape(whole.shape)
-        scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))  # Jordan's: a tall matrix changes more
+        scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))  # Jordan's: equal changes of the outputs
         for parameter, update in zip(group["params"], updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(divide_like(update, parameter), alpha=-group["lr"] * scale)
 
     def nesterov_gradient(self, parameter: Tensor, momentum: float) -> Tensor:
-        """The gradient with Nesterov's momentum."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())  # unused, but AdamW demands it of what it loads
+            state["step"] = torch.zeros(())  # unused, but AdamW expects one in each state that it loads
             state["momentum_buffer"] = torch.zeros_like(parameter)
         state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(state["momentum_buffer"], momentum)
@@ -66,7 +65,7 @@ def orthogonalize_across_processes(matrices: Tensor, world: World) -> Tensor:
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """U V^T, nearly, of matrices U S V^T (N, rows, columns): of singular values above 1/500 of the norm, 0.6 to 1.3.
+    """Roughly U V^T of matrices U S V^T (N, rows, columns): singular values over 1/500 of the norm become 0.6 to 1.3.
 
     Five steps of Jordan's Newton-Schulz iteration, x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x.
     """
