@@ -416,7 +416,7 @@ def test_where_its_losses_are_not_finite_training_goes_on_without_the_score(serv
     monkeypatch.setattr(hellaswag, "count_correct", refuse)
     train_gpt2.train(config)
     assert [record["step"] for record in log_records(tmp_path) if "loss" in record] == [1, 2]
-    assert "\"hellaswag_" not in (tmp_path / "log" / "log.jsonl").read_text()
+    assert '"hellaswag_' not in (tmp_path / "log" / "log.jsonl").read_text()
 
 
 def test_where_another_process_has_no_file_this_one_goes_on_without_it(config, monkeypatch):
