@@ -35,12 +35,12 @@ def matrices_of(config: BenchmarkConfig, device: torch.device) -> list[Tensor]:
     return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
 
 
-def seconds(matrices: list[Tensor], way: World, world: World) -> float:
-    """How long it takes until all processes are done, in the way of a process alone or of all."""
+def seconds(matrices: list[Tensor], sharing: World, world: World) -> float:
+    """Seconds until all processes are done, with the work divided among those of `sharing`."""
     world.barrier()
     began = time.perf_counter()
     for stacked in matrices:
-        float(orthogonalize_across_processes(stacked, way)[-1, -1, -1])  # waits for the device
+        float(orthogonalize_across_processes(stacked, sharing)[-1, -1, -1])  # waits for the device
     world.barrier()
     return time.perf_counter() - began
 
@@ -51,7 +51,7 @@ def compare(config: BenchmarkConfig) -> None:
     with start_processes(config.device, timeout=600) as world:
         matrices = matrices_of(config, world.device)
         ways = {"divided": world, "repeated": World(0, 1, world.device)}
-        times = [{way: seconds(matrices, of, world) for way, of in ways.items()} for _ in range(config.repeat + 1)]
+        times = [{way: seconds(matrices, w, world) for way, w in ways.items()} for _ in range(config.repeat + 1)]
         least = {way: min(measured[way] for measured in times[1:]) for way in ways}  # the first time warms up
         about = {"processes": world.size, "device": world.device.type, "torch": torch.__version__}
         ratio = least["repeated"] / least["divided"]
