@@ -47,7 +47,7 @@ class TrainConfig:
     seed: MustMatch[int] = 1337  # seed of the initial weights and the order of the rows
 
     max_steps: Positive[int] = 19_073  # optimizer steps of the whole run
-    optimizer: MustMatch[Optimizer | None] = None  # None: muon (for the blocks' matrices) for debug, else adamw
+    optimizer: MustMatch[Optimizer | None] = None  # muon is for the blocks' matrices; the default for debug, else adamw
     schedule: MustMatch[Literal["cosine", "linear"]] = "cosine"  # decay of the learning rate after warm-up
     decay_fraction: MustMatch[float] = 0.75  # share of the run, at its end, over which the linear schedule decays
     warmup_steps: MustMatch[int] = 715  # optimizer steps of linear warm-up
@@ -118,9 +118,9 @@ TUNED_GPT2 = replace(RECIPES["gpt2"], max_lr=1.2e-3)
 # With Muon. debug: the best of what was tried and takes less than two minutes on two cores. gpt2: never run as it
 # stands; 3.6e-3 is modded-nanogpt's of 2024-10-10, whose GPT-2 124M with rotary positions needed 3.25 billion tokens
 # for the loss that a tuned AdamW with learned positions reached after 6.44 billion; muon_lr is Jordan's; the decay, the
-# warm-up, a momentum without one, and one rate for embeddings, biases and norms are this program's choice. The runs of
-# 256 steps in benchmarks/README.md prefer 2 and 7 times these rates, which says little about 7,500. Of the larger sizes
-# nothing is known
+# warm-up, a constant momentum, and one rate for embeddings, biases and norms are this program's choice. The runs of
+# 256 steps in benchmarks/README.md prefer 7 times this max_lr and twice muon_lr, which says little about 7,500. Of the
+# larger sizes nothing is known
 MUON = {"optimizer": "muon", "schedule": "linear", "max_lr": 3.6e-3, "weight_decay": 0.05, "warmup_steps": 250}
 MUON_RECIPES = {size: replace(recipe, **MUON) for size, recipe in RECIPES.items()} | {
     "debug": replace(
@@ -141,7 +141,10 @@ MUST_MATCH = script.marked_fields(TrainConfig, "must match on resume")
 
 
 def parse_config(argv: list[str] | None, description: str | None) -> TrainConfig:
-    """The command line's settings; their defaults depend on the size, and on the run that is resumed."""
+    """The command line's settings; their defaults depend on the size, and on the run that is resumed.
+
+    Raises UsageError for what differs from its default, but would have no effect.
+    """
     default = default_config(script.parse_known_flags(TrainConfig, argv))
     config = script.parse_flags(TrainConfig, argv, description, default)
     for name, setting, needed in (("muon_lr", "optimizer", "muon"), ("decay_fraction", "schedule", "linear")):

@@ -80,8 +80,7 @@ def read_batches(trainer: Trainer, shards: Shards) -> Iterator[Batch]:
     """This process's part of the batches to come; the next one is read by a thread while one is trained on."""
     config, state = trainer.config, trainer.state
     batches = Batches(shards.train, config.block_size, config.seed, config.shuffle)
-    size_at = partial(batch_tokens, config)
-    return prefetch(batches.read(state.position, config.batch_size, size_at, trainer.world), 1)
+    return prefetch(batches.read(state.position, config.batch_size, partial(batch_tokens, config), trainer.world), 1)
 
 
 # ---- optimizer, training step ----------------------------------------------------------------------------------------
@@ -291,7 +290,7 @@ def attention_logit(trainer: Trainer, val: Shard) -> dict[str, float]:
 class Evaluation:
     """Something that is evaluated now and then."""
 
-    name: str  # in the summary of time; what its numbers' names begin with
+    name: str  # in the summary of time; its numbers are named NAME_...
     every: str  # the setting that says how often
     load: Callable[[TrainConfig, World, Shards], Any]  # its data, on each rank; None to leave it out
     score: Callable[[Trainer, Any], dict[str, float]]  # numbers for the log, on all ranks alike
@@ -317,6 +316,7 @@ def evaluate(trainer: Trainer, data: dict[str, Any], log: Log, last: bool) -> No
         except FloatingPointError as error:
             trainer.world.print(f"warning: step {state.step}: {error}")
             continue
+        assert all(name.startswith(f"{evaluation.name}_") for name in scores), "else resuming would log it twice"
         if scores:
             text = log.comparison.describe(state.step, scores)
             log.write(f"step {state.step:5d} | {text}", step=state.step, **scores)
@@ -363,7 +363,7 @@ def resume_run(config: TrainConfig, world: World, directory: Path, shards: Shard
     record = checkpoint.read_record(directory)
     before = replace(config, max_steps=record["config"].get("max_steps", config.max_steps))
     last = max(record["step"] - 1, 0)  # if schedules differ at any completed step, they differ at the last one
-    if not math.isclose(learning_rate(before, last), learning_rate(config, last)):
+    if learning_rate(before, last) != learning_rate(config, last):
         raise UsageError(f"--max_steps {config.max_steps} changes learning rates of steps done with {before.max_steps}")
     if record["data"] != shards.identity:
         raise UsageError(f"the shards in --data_dir {config.data_dir} are not those the run was begun with")
@@ -381,7 +381,7 @@ def open_log(trainer: Trainer, shards: Shards, clock: Clock, data: dict[str, Any
     config, world, step, out_dir = trainer.config, trainer.world, trainer.state.step, Path(trainer.config.out_dir)
     tracker = Tracker(config.tracker, out_dir, asdict(config))
     log = Log(out_dir, tracker, Comparison(config, shards), clock, enabled=world.is_main)
-    redo = [e.name for e in EVALUATIONS if data[e.name] is not None and is_due(getattr(config, e.every), step)]
+    redo = [f"{e.name}_" for e in EVALUATIONS if data[e.name] is not None and is_due(getattr(config, e.every), step)]
     log.start(step, redo, processes=world.size, unigram_loss=shards.unigram_loss, reference=log.comparison.applies)
     return log
 

@@ -28,7 +28,6 @@ from common.sharding import divide_like, gather, gather_gpt
 from common.tokenizer import save_tokenizer
 
 NEEDED = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json")  # to resume
-TEMPORARY = ".checkpoint.tmp"  # a directory that is being written or removed
 
 
 @dataclass
@@ -96,7 +95,7 @@ def take_snapshot(state: TrainingState, world: World) -> Snapshot:
 
 def save_checkpoint(out_dir: Path, snapshot: Snapshot, record: dict, card: str) -> None:
     """Write a checkpoint, complete or absent, with `record` in its trainer.json; raises OSError if the disk is full."""
-    temporary = out_dir / TEMPORARY
+    temporary = out_dir / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -137,8 +136,9 @@ def prune(out_dir: Path, keep: int, milestone_every: int) -> None:
     for step, directory in list(checkpoints(out_dir).items())[keep:]:
         if not (milestone_every and step % milestone_every == 0):
             with contextlib.suppress(OSError):  # renamed first: a kill must not leave a part of a checkpoint
-                os.replace(directory, out_dir / TEMPORARY)
-            shutil.rmtree(out_dir / TEMPORARY, ignore_errors=True)
+                os.replace(directory, out_dir / f".{directory.name}.removed")
+    for removed in out_dir.glob(".step_*.removed"):
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:
@@ -213,7 +213,7 @@ def find_checkpoint(out_dir: Path, resume: bool, world: World) -> Path | None:
 
 
 def saved_settings(out_dir: Path) -> dict:
-    """The settings that the newest checkpoint with an unchanged trainer.json holds; none without a checkpoint."""
+    """The settings in the newest checkpoint whose trainer.json is unchanged, if there is one; raises DataError."""
     newest, _ = newest_checkpoint(out_dir, ["trainer.json"])
     return read_record(newest)["config"] if newest else {}
 

@@ -61,15 +61,15 @@ class Log:
     def start(self, step: int, redo: list[str], **record: Any) -> None:
         """Begin at a step, 0 or a checkpoint's: drop what lies past it, and what will be evaluated there again.
 
-        The names of the numbers that will be begin with one of `redo`.
+        The names of those numbers begin with one of `redo`.
         """
         if not self.enabled:
             return
         # a power cut may leave a hole behind the checkpoint, before which the log was flushed
         records = read_log(self.path.parent, until=step) if step and self.path.exists() else []
-        prefixes = ("run", *redo)  # the record of an earlier start from here is replaced too
-        redone = [r for r in records if r["step"] == step and any(key.startswith(prefixes) for key in r)]
-        kept = [r for r in records if r["step"] <= step and r not in redone]
+        own = [r for r in records if r["step"] == step and "run" not in r]  # but for an earlier start from here
+        kept = [r for r in records if r["step"] < step]
+        kept += [r for r in own if not any(key.startswith(tuple(redo)) for key in r)]
         run = next((r["run"] for r in records if "run" in r), uuid.uuid4().hex)
         sent = max([r.get("sent", r["step"]) for r in records], default=0)  # the steps before were sent to a tracker
         kept.append({"step": step, "run": run, "sent": sent} | record)

@@ -145,12 +145,12 @@ def test_on_resuming_lines_past_the_checkpoint_are_dropped(tmp_path):
 
 def test_an_evaluation_that_will_be_made_again_is_dropped_and_the_steps_own_loss_is_not(tmp_path):
     write_steps(open_log(tmp_path), range(7))
-    open_log(tmp_path, step=4, redo=["val"])
+    open_log(tmp_path, step=4, redo=["val_"])
     assert values(tmp_path, "loss") == {step: 10.0 - step for step in (1, 2, 3, 4)}
     assert values(tmp_path, "val_loss") == {0: 20.0, 2: 18.0}
 
 
-@pytest.mark.parametrize("redo", [[], ["val"]])
+@pytest.mark.parametrize("redo", [[], ["val_"]])
 def test_a_run_resumed_twice_has_each_line_once(tmp_path, redo):
     write_steps(open_log(tmp_path), range(7))
     for step in (4, 2):
@@ -283,7 +283,7 @@ def test_a_tracker_gets_the_settings_and_the_numbers_of_each_step(tmp_path, libr
     assert library.rows == [(0, {"processes": 1}), (1, {"loss": 2.0, "val_loss": 3.0})] and library.finished == 1
 
 
-@pytest.mark.parametrize("redo", [[], ["val"]])
+@pytest.mark.parametrize("redo", [[], ["val_"]])
 @pytest.mark.parametrize("lost", [0, 1, 4])
 def test_a_run_that_is_killed_and_resumed_is_one_run_with_each_step_once(tmp_path, library, lost, redo):
     write_steps(track(library, tmp_path), range(8))
@@ -309,7 +309,7 @@ def test_the_evaluation_that_a_stopped_run_makes_up_for_is_tracked(tmp_path, lib
     write_steps(log, range(4))
     log.write("", step=4, loss=6.0)
     log.close(finished=False)
-    log = track(library, tmp_path, 4, redo=["val"])
+    log = track(library, tmp_path, 4, redo=["val_"])
     log.write("", step=4, val_loss=16.0)
     log.close(finished=True)
     assert_tracked(library, tmp_path)

@@ -30,7 +30,7 @@ def run(directory, scores):
     """Write the log of a run with these scores by step, as training does."""
     log = Log(directory, Tracker("none", directory, {}), comparison=None, clock=Clock(), enabled=True)
     comparison = Comparison(CONFIG, make_shards())
-    log.start(0, False, reference=comparison.applies)
+    log.start(0, [], reference=comparison.applies)
     for step, at_step in scores.items():
         log.write(f"step {step} | {comparison.describe(step, at_step)}", step=step, **at_step)
 
