@@ -47,7 +47,7 @@ class TrainConfig:
     seed: MustMatch[int] = 1337  # seed of the initial weights and the order of the rows
 
     max_steps: Positive[int] = 19_073  # optimizer steps of the whole run
-    optimizer: MustMatch[Optimizer | None] = None  # muon is for the blocks' matrices; the default for debug, else adamw
+    optimizer: MustMatch[Optimizer | None] = None  # muon is for the blocks' matrices; the default for a new debug alone
     schedule: MustMatch[Literal["cosine", "linear"]] = "cosine"  # decay of the learning rate after warm-up
     decay_fraction: MustMatch[float] = 0.75  # share of the run, at its end, over which the linear schedule decays
     warmup_steps: MustMatch[int] = 715  # optimizer steps of linear warm-up
@@ -59,7 +59,7 @@ class TrainConfig:
     weight_decay: MustMatch[float] = 0.1  # of matrices, with Muon of the blocks' alone; biases and norms have none
     grad_clip: MustMatch[float] = 1.0  # largest norm of the gradient; 0: no clipping
 
-    eval_every: int = 500  # optimizer steps between validations; 0: none
+    eval_every: int = 500  # optimizer steps between validations (and before the first, and at the end); 0: none
     val_tokens: Positive[int] = 20 * 2**19  # tokens of the val shard to validate on, at most
     hellaswag_every: int = 1000  # optimizer steps between HellaSwag scores; 0: none
     sample_every: int = 2000  # optimizer steps between samples of text; 0: none
