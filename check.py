@@ -184,7 +184,8 @@ def training(check: Check) -> Iterator[Finding]:
         if split and rate > fastest:  # no flag turns the splitting off
             check.config, fastest = way, rate
     if not fastest:
-        raise DataError(f"too little memory for --model {config.model} on {world.size} process(es)")
+        cause = "too little memory, or no finite loss,"
+        raise DataError(f"{cause} for --model {config.model} on {world.size} process(es)")
     check.figures |= {"batch_sizes": rates, "tokens_per_second": speeds, "fastest_tokens_per_second": fastest}
 
 

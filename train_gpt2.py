@@ -193,13 +193,13 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def attention_backend(config: TrainConfig, device: torch.device, masked: bool = False) -> Iterator[None]:
-    """Enable --attention's backend alone; for masks and single queries on a GPU, which not all support, math too."""
+    """Enable --attention's backend alone, but for masks and single queries on a GPU those that may support them."""
     fallback = [SDPBackend.MATH] if masked and device.type == "cuda" else []
     if config.attention == "auto" and not fallback:
         yield
         return
-    # auto is not cuDNN then: it prepares a plan for each new shape, of which HellaSwag and samples have hundreds
-    names = ["flash", "efficient"] if config.attention == "auto" else [config.attention]
+    # cuDNN is not among them: it prepares a plan for each new shape, of which HellaSwag and samples have hundreds
+    names = ["flash", "efficient"] if fallback and config.attention != "math" else [config.attention]
     # without a tag, torch's cache would take a model that was compiled for another backend
     cache_tag = torch.compiler.config.patch(cache_key_tag=f"attention {config.attention}")
     with cache_tag, sdpa_kernel([ATTENTION[name] for name in names] + fallback):

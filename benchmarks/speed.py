@@ -71,6 +71,14 @@ def attention_seconds(config: TrainConfig, device: torch.device) -> dict[str, fl
     return seconds
 
 
+def fresh_trainer(config: TrainConfig, world: World) -> Trainer:
+    """One with random weights, in the memory of the one before, and not compiled yet."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return train_gpt2.make_trainer(config, world, GPT(PRESETS[config.model]))
+
+
 def step_seconds(trainer: Trainer, tokens: Shard) -> float:
     """An optimizer step, from those of one and of two micro-batches; raises RuntimeError if the model is recompiled."""
     config = trainer.config
@@ -83,20 +91,18 @@ def step_seconds(trainer: Trainer, tokens: Shard) -> float:
 
 
 def tokens_per_second(config: TrainConfig, world: World, tokens: Shard) -> float:
-    """The rate of training; 0 where memory runs out."""
-    torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
+    """The rate of training; 0 where memory runs out, or steps are skipped, which takes less time."""
     try:
         with explain_out_of_memory("--batch_size"):
-            trainer = train_gpt2.make_trainer(config, world, GPT(PRESETS[config.model]))
-            return config.total_batch_size / step_seconds(trainer, tokens)
+            trainer = fresh_trainer(config, world)
+            rate = config.total_batch_size / step_seconds(trainer, tokens)
+            return 0.0 if trainer.state.skipped_in_a_row else rate
     except MemoryError:
         return 0.0
 
 
 def batch_sizes(config: TrainConfig, world: World, tokens: Shard) -> dict[int, float]:
-    """A process's tokens/s by micro-batch, 0 where memory runs out: halved from the recipe's until one fits.
+    """A process's tokens/s by micro-batch, 0 where it fails: halved from the recipe's until one fits.
 
     On a GPU, doubled while it fits, where the recipe's does.
     """
@@ -147,7 +153,7 @@ def reduction_seconds(world: World, n_bytes: int) -> float:
 def seconds_once(config: TrainConfig, world: World, tokens: Shard, directory: Path) -> dict[str, float]:
     """Each kind of work beside the steps, once, as all processes share it."""
     val_tokens = min(config.val_tokens, 2**18 if world.device.type == "cuda" else 2**14)
-    trainer = train_gpt2.make_trainer(replace(config, val_tokens=val_tokens), world, GPT(PRESETS[config.model]))
+    trainer = fresh_trainer(replace(config, val_tokens=val_tokens), world)
     train_steps(trainer, tokens, 1, config.batch_size * config.block_size * world.size)  # makes the moments
     text = tokens.read(0, 47 + 4 * 29).tolist()  # as long as HellaSwag's are on average
     endings = [text[start : start + 29] for start in range(47, len(text), 29)]

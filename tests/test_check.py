@@ -294,3 +294,14 @@ def test_float32_is_checked_without_tf32(debug_check, monkeypatch):
         assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_way_whose_steps_are_skipped_is_not_taken_for_a_fast_one(debug_check, monkeypatch):
+    def diverged(trainer, micro_batches):
+        return accumulate(trainer, micro_batches) * math.nan
+
+    accumulate = train_gpt2.accumulate_gradients
+    config = replace(debug_check.config, total_batch_size=256, batch_size=1)
+    assert speed.tokens_per_second(config, debug_check.world, debug_check.tokens) > 0
+    monkeypatch.setattr(train_gpt2, "accumulate_gradients", diverged)
+    assert speed.tokens_per_second(config, debug_check.world, debug_check.tokens) == 0

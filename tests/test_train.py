@@ -332,14 +332,18 @@ def test_masks_and_single_queries_are_announced_to_the_choice_of_a_backend(shard
     assert announced == [False, True, True, True, True]  # the run, and HellaSwag and samples before and after the step
 
 
-def test_on_a_gpu_the_automatic_choice_is_any_in_training_and_not_cudnn_where_shapes_vary(monkeypatch):
-    zeros, gpu, before = torch.zeros, torch.device("cuda"), enabled_backends()
+@pytest.mark.parametrize("attention", ["auto", "cudnn", "math"])
+def test_on_a_gpu_cudnn_is_not_used_where_shapes_vary(monkeypatch, attention):
+    zeros, gpu = torch.zeros, torch.device("cuda")
     monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))  # not on the GPU
-    config = tiny_config(attention="auto", dtype="float32")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: None)  # nor cuDNN
+    config = tiny_config(attention=attention, dtype="float32")
+    in_training = enabled_backends() if attention == "auto" else (f"{attention}_sdp_enabled",)
     with train_gpt2.attention_backend(config, gpu):
-        assert enabled_backends() == before
+        assert enabled_backends() == in_training
+    names = ("math",) if attention == "math" else ("flash", "mem_efficient", "math")
     with train_gpt2.attention_backend(config, gpu, masked=True):
-        assert set(enabled_backends()) == {f"{name}_sdp_enabled" for name in ("flash", "mem_efficient", "math")}
+        assert enabled_backends() == tuple(f"{name}_sdp_enabled" for name in names)
 
 
 def test_a_model_that_was_compiled_for_another_backend_is_not_taken_from_the_cache():
