@@ -74,9 +74,7 @@ class TrainConfig:
 
     device: str = "auto"  # auto, cpu, mps, cuda or cuda:N
     dtype: Dtype = "auto"  # of autocast; auto: bfloat16, or without it float16 on CUDA, else float32
-    attention: AttentionBackend = (
-        "auto"  # training's backend of scaled_dot_product_attention; auto: torch's own choice
-    )
+    attention: AttentionBackend = "auto"  # training's backend of scaled_dot_product_attention; auto: torch's own choice
     shard: bool = False  # divide weights, gradients and moments among the processes (FSDP), which saves memory
     activation_checkpointing: bool = False  # keep only each block's input and recompute the rest: saves more memory
     compile: bool | None = None  # compile the model; None: on a CUDA device where that works
