@@ -117,10 +117,10 @@ TUNED_GPT2 = replace(RECIPES["gpt2"], max_lr=1.2e-3)
 
 # With Muon. debug: the best of what was tried and takes less than two minutes on two cores. gpt2: never run as it
 # stands; 3.6e-3 is modded-nanogpt's of 2024-10-10, whose GPT-2 124M with rotary positions needed 3.25 billion tokens
-# for the loss that a tuned AdamW with learned positions reached after 6.44 billion; muon_lr is Jordan's; the decay, the
-# warm-up, a constant momentum, and one rate for embeddings, biases and norms are this program's choice. The runs of
-# 256 steps in benchmarks/README.md prefer 7 times this max_lr and twice muon_lr, which says little about 7,500. Of the
-# larger sizes nothing is known
+# for the loss that a tuned AdamW with learned positions reached after 6.44 billion; muon_lr is Jordan's; the weight
+# decay, the warm-up, a constant momentum, and one rate for embeddings, biases and norms are this program's choice. The
+# runs of 256 steps in benchmarks/README.md prefer 7 times this max_lr and twice muon_lr, which says little about 7,500.
+# Of the larger sizes nothing is known
 MUON = {"optimizer": "muon", "schedule": "linear", "max_lr": 3.6e-3, "weight_decay": 0.05, "warmup_steps": 250}
 MUON_RECIPES = {size: replace(recipe, **MUON) for size, recipe in RECIPES.items()} | {
     "debug": replace(

@@ -5,8 +5,8 @@ python -m benchmarks.recipes --data_dir SHARDS
 Each run's result is a line of --out, and what is there is not run again: the command continues where it stopped. What
 is run next depends on what is known by then, in this order of priority: each method's learning rates are doubled and
 halved until all neighbors of the best are worse; the best have runs of four and two times the tokens (Muon of half and
-a quarter of them too), each with a schedule of its own length; AdamW and Muon are run with one thing changed, Muon with
-two seeds.
+a quarter of them too), each with a schedule of its own length; the linear AdamW and Muon are run with one thing
+changed, Muon with two seeds.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ BEGINNINGS = {
 # ---- what is changed in a method, a thing at a time ------------------------------------------------------------------
 
 
-def together(trainer: Trainer) -> None:
+def qkv_together(trainer: Trainer) -> None:
     for group in trainer.state.optimizer.param_groups:
         if "parts" in group:
             group["parts"] = 1
@@ -103,7 +103,7 @@ def warm_up_momentum(trainer: Trainer) -> None:
 
 
 def faster_embeddings(trainer: Trainer) -> None:
-    """Give AdamW what Muon's recipe has: a learning rate of their own for the embeddings, and no decay."""
+    """Give AdamW's embeddings, of which one is the output layer too, a higher rate and no decay, as Muon's have."""
     optimizer, gpt = trainer.state.optimizer, trainer.state.gpt
     if trainer.state.step == 0:
         matrices, embeddings = optimizer.param_groups[0], [gpt.transformer.wte.weight, gpt.transformer.wpe.weight]
@@ -122,7 +122,7 @@ CHANGED_SETTINGS = {
 }
 BEFORE_EACH_STEP = {
     ("AdamW, linear", "embeddings without decay, at 4 times the learning rate"): faster_embeddings,
-    ("Muon", "q, k, v together"): together,
+    ("Muon", "q, k, v together"): qkv_together,
     ("Muon", "c_proj from zero"): zero_projections,
     ("Muon", "momentum from 0.85 to 0.95 over the first tenth"): warm_up_momentum,
 }
@@ -180,7 +180,10 @@ def train(config: BenchmarkConfig, training: Run) -> dict:
 
 
 def setting(config: BenchmarkConfig) -> dict:
-    """What all results in a file have in common; raises UsageError for shards of fewer tokens than the longest run."""
+    """What all results in a file have in common; raises UsageError for shards of fewer tokens than the longest run.
+
+    Other METHODS are not noticed: they need another file.
+    """
     shards = open_shards(Path(config.data_dir))
     if sum(map(len, shards.train)) <= 4 * config.tokens:
         longest = f"the longest run ({4 * config.tokens:,})"

@@ -40,7 +40,7 @@ class Muon(torch.optim.AdamW):
         whole = torch.stack([gather(direction, self.world.device) for direction in directions])  # (N, out, in)
         matrices = whole.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (N * parts, out / parts, in)
         updates = orthogonalize_across_processes(matrices, self.world).reshape(whole.shape)
-        scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))  # Jordan's: tall ones' outputs change as much
+        scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))  # Jordan's: else tall ones change outputs less
         for parameter, update in zip(group["params"], updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(divide_like(update, parameter), alpha=-group["lr"] * scale)
