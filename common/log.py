@@ -114,7 +114,7 @@ class Log:
             self.failing.add(action.__name__)
 
     def write_seconds(self, step: int, finished: bool) -> None:
-        """Append where the time went, and that a tracker has the last step too where `close` will send it."""
+        """Append where the time went, and as `sent` the first step that `close` leaves unsent."""
         seconds = self.clock.seconds()
         parts = ", ".join(f"{part} {seconds[part]:.1f} s" for part in seconds)
         text = f"step {step:5d} | {sum(seconds.values()):.1f} s in all: {parts}"
